@@ -1,0 +1,4 @@
+"""Recipes: controls composed with a paper's defaults, and the loops around a pipeline (inversion, search, training).
+
+One file per recipe. A recipe may use `attnctl` and `attnctl.processors`; nothing there knows of a recipe.
+"""
