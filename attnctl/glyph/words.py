@@ -77,14 +77,26 @@ clock    blue/blue
 """
 
 
-NIMALS, 2)]
+def phrase(concept: str, colour: str | None = None) -> str:
+    """The concept with its article, as in "a car" or "a red car"; the benchmark writes "a" before vowels too."""
+    return f"a {colour} {concept}" if colour else f"a {concept}"
+
+
+def benchmark() -> list[Prompt]:
+    """The 276 prompts: 66 "animals", 144 "animal-object" and 66 "objects", in the order of the word lists."""
+    head, *rows = (line.split() for line in _BESIDE_ANIMALS.strip().splitlines())
+    beside = {(animal, thing): colour for animal, *colours in rows for thing, colour in zip(head, colours, strict=True)}
+
+    def prompt(category: str, one: Named, two: Named, joint: str = "and") -> Prompt:
+        return Prompt(f"{phrase(*one)} {joint} {phrase(*two)}", category, (one, two))
+
+    prompts = [prompt("animals", (a, None), (b, None)) for a, b in combinations(ANIMALS, 2)]
     for animal in ANIMALS:
         for thing in OBJECTS:
             joint = "with" if thing in WORN else "and"
             prompts.append(prompt("animal-object", (animal, None), (thing, beside.get((animal, thing))), joint))
-    colours = (word for word in _BESIDE_OBJECTS.split() if "/" in word)
-    for (first, second), pair in zip(combinations(OBJECTS, 2), colours, strict=True):
-        one, two = pair.split("/")
+    pairs = (word.split("/") for word in _BESIDE_OBJECTS.split() if "/" in word)
+    for (first, second), (one, two) in zip(combinations(OBJECTS, 2), pairs, strict=True):
         prompts.append(prompt("objects", (first, one), (second, two)))
     return prompts
 
