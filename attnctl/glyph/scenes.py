@@ -118,13 +118,13 @@ def _tint(image: Image.Image, colour: str) -> Image.Image:
     middle = float(np.clip(np.median(light[pixels[..., 3] > 127]), 0.25, 0.75))
     reference = np.array(COLOURS[colour], np.float32)
     shade = np.clip((middle - light) / middle, 0, 1)[..., None]
-    gleam = np.clip((light - middle) / (1 - middle), 0, 1)[..., None]
+    gleam = np.clip((light - middle) / 0.75, 0, 1)[..., None]  # absolute: the white face of a clock takes the colour
     tinted = reference * (1 - (0.3 if colour == "white" else 0.5) * shade)  # white soon turns gray
     tinted += (255 - tinted) * 0.5 * gleam
     depth = np.pad(pixels[..., 3], 12)  # 0 outside, about half of 255 on the outline, 255 well inside
     depth = np.asarray(Image.fromarray(depth.astype(np.uint8)).filter(ImageFilter.GaussianBlur(4)), np.float32)
     tinted *= (0.75 + 0.25 * depth[12:-12, 12:-12] / 255)[..., None]
-    return Image.fromarray(np.dstack([tinted, pixels[..., 3]]).astype(np.uint8), "RGBA")
+    return Image.fromarray(np.dstack([tinted, pixels[..., 3]]).astype(np.uint8))
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +153,7 @@ def _sprites() -> dict[Named, _Sprite]:
     return sprites
 
 
-_Y, _X = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j].astype(np.float32)
+_GRID: Floats = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j].astype(np.float32)  # (2, 128, 128), y and x
 
 
 def _rgb(hsv: NDArray[np.floating]) -> NDArray[np.floating]:
@@ -169,23 +169,23 @@ def _background(tones: Floats, rng: np.random.Generator) -> Floats:
     two = one + rng.uniform((-0.15, 0, -0.15), (0.15, 0, 0.15), (16, 3))
     ends = _rgb(np.stack([one, two], 1).clip((-1, 0, 0.5), (2, 1, 1)))  # (16, 2, 3)
     contrast = np.linalg.norm(ends[:, :, None] - tones, axis=-1).min((1, 2))  # (16,)
-    start, end = ends[contrast.clip(max=_ENOUGH_CONTRAST).argmax()].astype(np.float32) / 255
+    best: Floats = ends[contrast.clip(max=_ENOUGH_CONTRAST).argmax()].astype(np.float32) / 255
     angle = rng.uniform(0, 2 * np.pi)
-    along = _X * np.float32(np.cos(angle)) + _Y * np.float32(np.sin(angle))
-    along = (along / along.max() + 1) / 2
-    return start + along[..., None] * (end - start)
+    along: Floats = np.float32(np.sin(angle)) * _GRID[0] + np.float32(np.cos(angle)) * _GRID[1]
+    along = (along / along.max() + 1)[..., None] / 2
+    return best[0] * (1 - along) + best[1] * along
 
 
-def _posed(sprite: _Sprite, turnable: bool, longer: int, rng: np.random.Generator) -> Floats:
+def _posed(sprite: _Sprite, mirrors: bool, longer: int, rng: np.random.Generator) -> Floats:
     """The sprite turned, perhaps mirrored, and scaled: (h, w, 4) premultiplied in [0, 1] with max(h, w) = `longer`."""
     image = sprite.image.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR, expand=True)
-    mirrored = rng.random() < 0.5
-    if mirrored and turnable:
+    mirrored = rng.random() < 0.5  # drawn in any case, so that what follows does not depend on the concept
+    if mirrored and mirrors:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     image = image.crop(image.getbbox())
     scale = longer / max(image.size)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    return np.asarray(image.resize(size, Image.Resampling.LANCZOS), np.float32) / 255
+    return np.asarray(image.resize(size, Image.Resampling.LANCZOS), np.float32) / np.float32(255)
 
 
 def _in_line(shapes: Sequence[tuple[int, int]], axis: int, rng: np.random.Generator) -> list[tuple[int, int]]:
@@ -303,7 +303,7 @@ class Renderer:
         if sizes.sum() > room:  # shrink what exceeds the least size, so that a row or column holds them all
             sizes = low + (sizes - low) * (room - low * len(sizes)) / (sizes.sum() - low * len(sizes))
         patches = [
-            _posed(sprite, concept != "clock", int(size * SIDE), rng)
+            _posed(sprite, concept != "clock", int(size * SIDE), rng)  # clocks keep their hands
             for sprite, size, (concept, _) in zip(sprites, sizes, things, strict=True)
         ]
         shapes = [(patch.shape[0], patch.shape[1]) for patch in patches]
