@@ -1,0 +1,33 @@
+"""Errors that are the caller's to mend. Each message is one line that names what was asked and what exists."""
+
+
+class AttnctlError(ValueError):
+    """Base of every error attnctl raises on purpose."""
+
+
+class NoSiteError(AttnctlError):
+    """A selection matched no attention site, or a control named a site it may not touch."""
+
+
+class PhraseError(AttnctlError):
+    """A phrase is not in the prompt, or the tokenizer cut it off."""
+
+
+class UnsupportedPipelineError(AttnctlError):
+    """No family record describes this pipeline's denoiser."""
+
+
+class UnsupportedProcessorError(AttnctlError):
+    """A selected site runs a processor that never calls fused attention (eager, sliced, xformers, linear)."""
+
+
+class ControlError(AttnctlError):
+    """Controls that cannot be combined, or that were used outside their rules."""
+
+
+class BusyError(AttnctlError):
+    """One attached pipeline was called from two threads at once."""
+
+
+class FamilyError(AttnctlError):
+    """A family record does not describe the model it was checked against (see `attnctl.verify`)."""
