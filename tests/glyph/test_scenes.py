@@ -185,6 +185,36 @@ def test_the_mask_lies_on_the_thing():
 
 
 @drawn
+def test_where_things_overlap_the_mask_belongs_to_the_one_that_is_seen():
+    overlapping = 0
+    for seed in range(40):
+        scene = Renderer().render([("apple", "black"), ("bowl", "white")], seed)
+        if min(thing.visible for thing in scene.things) < 0.93:
+            overlapping += 1
+            dark, light = (scene.image[thing.mask].mean(-1) for thing in scene.things)
+            assert (dark < 128).mean() > 0.97 and (light > 128).mean() > 0.97
+    assert overlapping >= 3
+
+
+@drawn
+def test_outlines_have_no_dark_fringe():
+    pixels = np.asarray(scenes._sprites()["frog", None].image.convert("RGBA"))
+    edge = (pixels[..., 3] > 40) & (pixels[..., 3] < 215)
+    assert edge.sum() > 50 and np.median(pixels[edge][:, 1]) > 180
+
+
+@drawn
+def test_things_are_mirrored_half_of_the_time():
+    def leans_left(seed: int) -> bool:
+        thing = Renderer().render([("chair", None)], seed).things[0]
+        rows, columns = np.nonzero(thing.mask)
+        back = rows < rows.min() + np.ptp(rows) / 3
+        return bool(columns[back].mean() < (columns.min() + columns.max()) / 2)
+
+    assert 10 < sum(leans_left(seed) for seed in range(40)) < 30
+
+
+@drawn
 def test_requests_that_make_no_scene_are_refused():
     renderer = Renderer()
     for things in ([], [("cat", None)] * 2, [("zebra", None)], [("cat", "red")], [("car", "cyan")]):

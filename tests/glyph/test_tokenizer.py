@@ -26,6 +26,7 @@ def test_a_prompt_is_framed_and_padded_as_in_stable_diffusion_1(tokenizer):
         "<|startoftext|>", "a</w>", "red</w>", "back", "pack</w>", "<|endoftext|>", "<|endoftext|>",
     ]  # fmt: skip
     assert set(ids[5:]) == {tokenizer.eos_token_id} == {tokenizer.pad_token_id}
+    assert tokenizer.eos_token_id == len(tokenizer) - 1  # CLIPTextModel may look for the end by the highest id
     assert len(tokenizer("cat " * 100, truncation=True).input_ids) == 77
 
 
