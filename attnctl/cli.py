@@ -1,0 +1,419 @@
+"""The command line. Thin: it parses, calls and reports; torch and diffusers are imported once a command needs them."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import __version__
+from .errors import AttnctlError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from PIL import Image
+    from rich.progress import Progress
+
+    from .control import Control
+    from .drawing import Drawing
+    from .recipe import Recipe
+
+app = typer.Typer(
+    name="attnctl",
+    help="Say what a diffusion model's attention should do, in words.\n\n"
+    "Start with:  attnctl generate 'a cat and a dog' --compare --maps\n\n"
+    "It draws on glyph-sd, a small model that ships with the package; --model takes a folder or a hub id as well.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="markdown",
+)
+
+MODEL_HELP = "An embedded model, a folder written by save_pretrained, or a hub id."
+DEVICE_HELP = "cpu, cuda, cuda:1, ...; default: cuda if there is one, else cpu."
+DTYPE_HELP = "float32, float16 or bfloat16."
+
+
+class UsageError(AttnctlError):
+    """An option that makes no sense, alone or with the others."""
+
+
+def main() -> None:
+    """The console script: one clear line on stderr and exit code 2 for everything that is the caller's to mend."""
+    try:
+        code = app(standalone_mode=False)
+    except (AttnctlError, OSError) as error:
+        code = _complain(" ".join(str(error).split()))
+    except typer.Abort:
+        code = 130
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise  # a bug: its traceback is wanted
+        said = error.format_message()  # nothing where the help has been shown instead
+        code = _complain(f"{said} (attnctl --help shows how)") if said else 2
+    sys.exit(code)
+
+
+def _complain(line: str) -> int:
+    print(f"attnctl: {line}", file=sys.stderr)
+    return 2
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"attnctl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+# ------------------------------------------------------------------------------------------------------------ generate
+
+
+@app.command(no_args_is_help=True)
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw.", show_default=False)],
+    model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)] = "glyph-sd",
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--control", "-c", help="A control, as name(phrase, phrase, setting=value); may be given several times."
+        ),
+    ] = None,
+    subjects: Annotated[
+        str | None, typer.Option(help="Short for --control 'segregation(...)': phrases to keep apart, with commas.")
+    ] = None,
+    negative: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
+    count: Annotated[int, typer.Option("--count", "-n", help="How many pictures.")] = 1,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; default: the model's.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; default: the model's.")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels; default: the model's.")] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also draw without controls; show both on one sheet.")
+    ] = False,
+    maps: Annotated[bool, typer.Option("--maps", help="Show where each word of the prompt is looked at.")] = False,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures; made if need be.")] = Path("out"),
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "float32",
+) -> None:
+    """Draw pictures, with controls, word maps and a comparison if you like.
+
+    - attnctl generate 'a cat and a dog' --compare --maps
+    - attnctl generate 'a cat and a red car' --control 'segregation(cat, red car)' --seed 7 --count 4
+    - attnctl generate 'a lion with a crown' --model ./my-model --size 768x512 --control 'segregation(lion, crown)'
+
+    A control is written like a call whose strings need no quotes: phrases of the prompt first, then settings. A wrong
+    name or setting is answered with the list of those there are. Every PNG holds its whole recipe: `attnctl reproduce`
+    draws it again, bit for bit on the same machine.
+    """
+    shape = _checked(prompt, seed, count, steps, guidance, size)
+    texts = _control_texts(prompt, model, control or [], subjects, compare)
+    _check_writable(out)
+    controls = [_control(text) for text in texts]
+
+    from . import drawing, loading, recipe
+
+    with _bars() as bar:
+        pipe = _open(model, device, dtype, bar)
+        if shape is not None:
+            drawing.check_size(pipe, *shape)
+        usual = loading.USUAL.get(model, {})
+        first = recipe.Recipe(
+            model=model,
+            weights=recipe.weights_hash(pipe),
+            prompt=prompt,
+            negative=negative,
+            seed=seed,
+            steps=steps or usual.get("steps") or drawing.default_setting(pipe, "num_inference_steps"),
+            width=shape[0] if shape else None,
+            height=shape[1] if shape else None,
+            guidance=next(
+                (g for g in (guidance, usual.get("guidance")) if g is not None),
+                drawing.default_setting(pipe, "guidance_scale"),
+            ),
+            controls=tuple(texts),
+            maps=drawing.content_words(prompt) if maps else (),
+            **_surroundings(pipe),
+        )
+        for number in range(count):
+            one = replace(first, seed=seed + number)
+            kinds = ["plain"] * (compare or not controls) + ["controlled"] * bool(controls)
+            drawings = {
+                kind: drawing.draw(pipe, one, controls if kind == "controlled" else [], kind, bar) for kind in kinds
+            }
+            paths = _save(drawings, one, out)
+            seen = _judged(model, drawings)
+            with _paused(bar):
+                print(*seen, *paths, sep="\n", flush=True)
+
+
+def _checked(
+    prompt: str, seed: int, count: int, steps: int | None, guidance: float | None, size: str | None
+) -> tuple[int, int] | None:
+    """The size as numbers, once every plain setting makes sense."""
+    if not prompt.strip():
+        raise UsageError("the prompt is empty")
+    if not 0 <= seed < 2**63 - count:
+        raise UsageError(f"--seed {seed}: a seed is a whole number from 0 to 2^63")
+    for name, value in (("--count", count), ("--steps", steps)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} {value}: at least 1")
+    if guidance is not None and not 0 <= guidance < float("inf"):
+        raise UsageError(f"--guidance {guidance}: a number from 0 up")
+    return _size(size)
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text.lower())
+    if match is None:
+        raise UsageError(f"--size {text}: write it as WIDTHxHEIGHT, such as 512x768")
+    return int(match[1]), int(match[2])
+
+
+def _control_texts(prompt: str, model: str, texts: list[str], subjects: str | None, compare: bool) -> list[str]:
+    """The controls as text: those given, or segregation of the subjects, or of the glyph things in the prompt."""
+    from .control_text import write_control
+
+    if subjects is not None:
+        if texts:
+            raise UsageError("--subjects is short for one --control; give one of the two")
+        phrases = [phrase.strip() for phrase in subjects.split(",")]
+        if len(phrases) < 2 or not all(phrases):
+            raise UsageError(f"--subjects {subjects!r}: at least two phrases of the prompt, with commas between them")
+        return [write_control("segregation", *phrases)]
+    if texts or not compare:
+        return texts
+    things = _glyph_things(prompt) if model.startswith("glyph-") else []
+    if len(things) < 2:
+        raise UsageError("--compare has nothing to compare with: give --control, or --subjects 'PHRASE, PHRASE'")
+    chosen = write_control("segregation", *things)
+    print(f"attnctl: no control was given, so {chosen} is compared with none", file=sys.stderr)
+    return [chosen]
+
+
+def _glyph_things(prompt: str) -> list[str]:
+    """The phrases of the prompt that name a thing of the glyph world."""
+    from .drawing import content_words
+    from .glyph.words import CONCEPTS
+
+    return [phrase for phrase in content_words(prompt) if phrase.partition("#")[0] in CONCEPTS]
+
+
+def _control(text: str) -> "Control":
+    from . import processors
+    from .control import Control
+    from .control_text import parse_control
+
+    known = {
+        name: found
+        for name, found in ((name, getattr(processors, name)) for name in dir(processors) if not name.startswith("_"))
+        if isinstance(found, type) and issubclass(found, Control) and found is not Control
+    }
+    return parse_control(text, known)
+
+
+def _check_writable(out: Path) -> None:
+    """Refuse before a picture is drawn, and without making anything."""
+    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not nearest.is_dir():
+        raise UsageError(f"--out {out}: {nearest} is a file, not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(f"--out {out}: {nearest} cannot be written")
+
+
+def _open(model: str, device: str | None, dtype: str, bar: "Progress") -> "DiffusionPipeline":
+    task = bar.add_task(f"loading {model}", total=None)
+    import torch
+
+    from .loading import load
+
+    torch.backends.cudnn.deterministic = True  # a seed means one picture
+    pipe = load(model, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype=dtype)
+    bar.remove_task(task)
+    return pipe
+
+
+def _surroundings(pipe: "DiffusionPipeline") -> dict[str, Any]:
+    import torch
+
+    from .recipe import installed_versions
+
+    return {
+        "device": str(pipe.device),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "versions": installed_versions(),
+    }
+
+
+@contextmanager
+def _bars() -> "Iterator[Progress]":
+    """Step bars with the time left, on stderr; they vanish when done."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        yield bar
+
+
+@contextmanager
+def _paused(bar: "Progress") -> "Iterator[None]":
+    """Room to print on stdout: while a bar is live, rich sends stdout to the bar's own stream."""
+    bar.stop()
+    try:
+        yield
+    finally:
+        for task in bar.task_ids:
+            bar.remove_task(task)
+        bar.start()
+
+
+def _save(drawings: "dict[str, Drawing]", recipe: "Recipe", out: Path) -> list[Path]:
+    """Write the pictures of one drawing, the one to look at last; returns their paths."""
+    from .drawing import pictures
+    from .recipe import save
+
+    slug = re.sub(r"[^a-z0-9]+", "-", recipe.prompt.lower()).strip("-")[:48].rstrip("-") or "picture"
+    stem = f"{slug}-{recipe.seed}-{recipe.digest()}"
+    paths = []
+    for shows, picture in pictures(drawings, recipe).items():
+        paths.append(out / f"{stem}-{shows}.png")
+        save(picture, paths[-1], replace(recipe, shows=shows))
+    return paths
+
+
+# --------------------------------------------------------------------------------------------- reproduce, judge, sites
+
+
+@app.command(no_args_is_help=True)
+def reproduce(
+    image: Annotated[Path, typer.Argument(help="A PNG drawn by attnctl.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Also write the redrawn picture into this folder.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="The model, where it has moved since.")] = None,
+) -> None:
+    """Draw a picture again from the recipe inside it, and say whether it is bit-identical.
+
+    Exit code 0: identical. 1: it differs; what is not as it was is told on stderr.
+    """
+    from . import drawing, recipe
+
+    picture, known = recipe.read(image)
+    if out is not None:
+        _check_writable(out)
+    controls = [_control(text) for text in known.controls]
+    import torch
+
+    torch.set_num_threads(known.threads)
+    with _bars() as bar:
+        pipe = _open(model or known.model, known.device, known.dtype, bar)
+        changes = known.differences(recipe.installed_versions(), recipe.weights_hash(pipe))
+        drawings = {
+            kind: drawing.draw(pipe, known, controls if kind == "controlled" else [], kind, bar)
+            for kind in drawing.needed(known)
+        }
+    again = drawing.pictures(drawings, known)[known.shows]
+    for line in changes:
+        print(f"attnctl: {line}", file=sys.stderr)
+    if out is not None:
+        path = out / image.name
+        recipe.save(again, path, replace(known, **_surroundings(pipe)))
+        print(path)
+    if recipe.pixel_hash(again) == known.pixels:
+        print("bit-identical")
+        return
+    print(f"differs: {_difference(picture, again)}")
+    raise typer.Exit(1)
+
+
+def _difference(before: "Image.Image", after: "Image.Image") -> str:
+    import numpy as np
+
+    if before.size != after.size:
+        return f"{before.width}x{before.height} before, {after.width}x{after.height} now"
+    gap = np.abs(np.asarray(before.convert("RGB"), np.int16) - np.asarray(after.convert("RGB"), np.int16)).max(axis=2)
+    return f"{(gap > 0).mean():.1%} of the pixels, by at most {gap.max()} of 255"
+
+
+@app.command(no_args_is_help=True)
+def judge(
+    images: Annotated[list[Path], typer.Argument(help="Pictures.", show_default=False)],
+) -> None:
+    """Say what is in pictures of the glyph world, as JSON: which things, in which colours, where."""
+    from .recipe import open_picture
+
+    pictures = [open_picture(path).convert("RGB") for path in images]
+    from .glyph import judge as judges
+
+    readings = judges.load().read(pictures)
+    answers = [{"image": str(path), **reading.to_json()} for path, reading in zip(images, readings, strict=True)]
+    print(json.dumps(answers, indent=2))
+
+
+def _judged(model: str, drawings: "dict[str, Drawing]") -> list[str]:
+    """What the judge sees in each picture, one line each; it knows the glyph world alone."""
+    if not model.startswith("glyph-"):
+        return []
+    from .glyph import judge as judges
+
+    readings = judges.load().read([drawn.picture for drawn in drawings.values()])
+    return [f"{kind:<11} the judge sees {reading}" for kind, reading in zip(drawings, readings, strict=True)]
+
+
+@app.command(no_args_is_help=True)
+def sites(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)],
+    select: Annotated[
+        list[str] | None,
+        typer.Option("--select", "-s", help="A kind, factor:2, layers 7-10, a name or a glob; several: any of them."),
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT that the grids are for; default: the model's.")] = None,
+) -> None:
+    """List every place where a model attends: the names that controls and selections speak of."""
+    shape = _size(size)
+    from rich.console import Console
+    from rich.table import Table
+
+    from .drawing import check_size
+    from .site_table import HEADINGS, site_rows
+
+    with _bars() as bar:
+        pipe = _open(model, "cpu", "float32", bar)
+    if shape is not None:
+        check_size(pipe, *shape)
+    table = Table(*HEADINGS)
+    for row in site_rows(pipe, select or (lambda site: True), shape):
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)

@@ -1,0 +1,230 @@
+"""Controls as text: `segregation(cat, red car, strength=0.5)` is `Segregation("cat", "red car", strength=0.5)`.
+
+One syntax, that of a call whose strings need no quotes: phrases first, settings as name=value. Quotes are for a phrase
+that holds a comma, a bracket or an equals sign; lists stand in square brackets. Names of controls ignore case and "_".
+"""
+
+import ast
+import inspect
+import re
+import sys
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from .errors import AttnctlError
+
+_CALL = re.compile(r"\s*(?P<name>[A-Za-z_][\w-]*)\s*(?:\((?P<body>.*)\))?\s*", re.DOTALL)
+_SETTING = re.compile(r"\s*(?P<name>[A-Za-z_]\w*)\s*=(?P<value>.*)", re.DOTALL)
+_OPEN, _CLOSE = "([{", ")]}"
+
+
+class ControlTextError(AttnctlError):
+    """A control that is unknown, or whose text or settings are wrong."""
+
+
+def parse_control(text: str, available: Mapping[str, type]) -> Any:
+    """The control that `text` names, with its settings; `available` is class name -> class."""
+    match = _CALL.fullmatch(text)
+    if not match:
+        raise ControlTextError(f"cannot read the control {text!r}: write it as name(phrase, phrase, setting=value)")
+    classes = {_plain(name): cls for name, cls in available.items()}
+    cls = classes.get(_plain(match["name"]))
+    if cls is None:
+        known = "; ".join(describe(available[name]) for name in sorted(available))
+        raise ControlTextError(f"unknown control {match['name']!r}; there are: {known or 'none'}")
+    values, settings = _arguments(match["body"] or "", text)
+    try:
+        return _build(cls, values, settings)
+    except (TypeError, ValueError) as error:
+        said = str(error) if isinstance(error, AttnctlError) else f"{error}; it is written {describe(cls)}"
+        raise ControlTextError(f"control {text!r}: {said}") from None
+
+
+def describe(cls: type) -> str:
+    """`segregation(*phrases, strength=1.0)`: how a control is written, with its default settings."""
+    words = []
+    for parameter in inspect.signature(cls).parameters.values():
+        star = "*" if _is_phrases(parameter, _hints(cls)) else ""
+        default = "" if parameter.default is parameter.empty or star else f"={_show(parameter.default)}"
+        words.append(f"{star}{parameter.name}{default}")
+    return f"{_snake(cls.__name__)}({', '.join(words)})"
+
+
+def write_control(name: str, *phrases: str) -> str:
+    """The text of a control of these phrases."""
+    quoted = (repr(phrase) if re.search(r"[,()\[\]{}='\"]", phrase) else phrase for phrase in phrases)
+    return f"{name}({', '.join(quoted)})"
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", "").replace("-", "").lower()
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def _show(value: Any) -> str:
+    return str(value) if isinstance(value, str) else repr(value)
+
+
+# ------------------------------------------------------------------------------------------------------- text -> values
+
+
+def _split(body: str, text: str) -> list[str]:
+    """The parts between the commas that stand outside quotes and brackets."""
+    parts, depth, quote, start = [], 0, "", 0
+    for position, char in enumerate(body):
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"" and body[start:position].rstrip()[-1:] in ("", "=", ",", *_OPEN):
+            quote = char  # only where a value begins: "the cat's hat" is a phrase
+        elif char in _OPEN:
+            depth += 1
+        elif char in _CLOSE:
+            depth -= 1
+            if depth < 0:
+                break
+        elif char == "," and depth == 0:
+            parts.append(body[start:position])
+            start = position + 1
+    if quote or depth:
+        raise ControlTextError(f"cannot read the control {text!r}: a quote or bracket is not closed, or closed twice")
+    return [part.strip() for part in [*parts, body[start:]]] if body.strip() else []
+
+
+def _arguments(body: str, text: str) -> tuple[list[str], dict[str, Any]]:
+    """The positional parts as they are written (a phrase may look like a number), and the values of the settings."""
+    values: list[str] = []
+    settings: dict[str, Any] = {}
+    for part in _split(body, text):
+        setting = _SETTING.fullmatch(part)
+        if not part or (setting and not setting["value"].strip()):
+            raise ControlTextError(f"cannot read the control {text!r}: a value is empty")
+        if setting is None:
+            if settings:
+                raise ControlTextError(f"cannot read the control {text!r}: phrases stand before settings")
+            values.append(part)
+        elif setting["name"] in settings:
+            raise ControlTextError(f"cannot read the control {text!r}: {setting['name']} is set twice")
+        else:
+            settings[setting["name"]] = _value(setting["value"].strip())
+    return values, settings
+
+
+def _unquoted(part: str) -> str:
+    return part[1:-1] if len(part) > 1 and part[0] == part[-1] and part[0] in "'\"" else part
+
+
+def _value(word: str) -> Any:
+    if word[0] in "[(" and word[-1] in "])":
+        return tuple(_value(part) for part in _split(word[1:-1], word))
+    named = {"none": None, "true": True, "false": False}
+    if word.lower() in named:
+        return named[word.lower()]
+    try:
+        return ast.literal_eval(word)
+    except (ValueError, SyntaxError):
+        return _unquoted(word)
+
+
+# ---------------------------------------------------------------------------------------------------- values -> control
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """The types of the settings, without those that cannot be resolved: there the control judges its values alone."""
+    hints = {}
+    for parameter in inspect.signature(cls).parameters.values():
+        hint = parameter.annotation
+        if isinstance(hint, str):
+            owner = next((base for base in cls.__mro__ if parameter.name in vars(base).get("__annotations__", {})), cls)
+            try:
+                hint = get_type_hints(
+                    types.SimpleNamespace(__annotations__={"it": hint}), vars(sys.modules[owner.__module__])
+                )["it"]
+            except (NameError, TypeError, AttributeError):
+                continue  # a name imported for type checkers alone
+        if hint is not parameter.empty:
+            hints[parameter.name] = hint
+    return hints
+
+
+def _is_phrases(parameter: inspect.Parameter, hints: dict[str, Any]) -> bool:
+    """Whether all positional values belong to this parameter: `*phrases`, or a first field that holds strings."""
+    if parameter.kind is parameter.VAR_POSITIONAL:
+        return True
+    return parameter.name in ("phrases", "words") and str in _flat(hints.get(parameter.name))
+
+
+def _flat(hint: Any) -> set[Any]:
+    found = {hint}
+    for inner in get_args(hint):
+        found |= _flat(inner)
+    return found
+
+
+def _build(cls: type, values: list[str], settings: dict[str, Any]) -> Any:
+    parameters = inspect.signature(cls).parameters
+    hints = _hints(cls)
+    unknown = [
+        name for name in settings if name not in parameters or parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
+    ]
+    if unknown:
+        raise TypeError(f"there is no setting {unknown[0]!r}")
+    arguments = {name: _fit(name, value, hints.get(name, Any)) for name, value in settings.items()}
+    first = next(iter(parameters.values()), None)
+    if first is None or not _is_phrases(first, hints):
+        names = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        if len(values) > len(names):
+            raise TypeError(f"{len(values)} values for {len(names)} settings")
+        pairs = zip(names, values, strict=False)  # a setting may keep its default
+        return cls(*(_fit(name, _value(part), hints.get(name, Any)) for name, part in pairs), **arguments)
+    phrases = tuple(_unquoted(value) for value in values)
+    if first.kind is first.VAR_POSITIONAL:
+        return cls(*phrases, **arguments)
+    return cls(**({first.name: phrases} if phrases else {}), **arguments)
+
+
+def _fit(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the type of its setting, or a TypeError: a typing slip must not become a strange picture."""
+    fitted = _fitted(value, hint)
+    if fitted is _UNFIT:
+        raise TypeError(f"{name} = {_show(value)} does not fit: it takes {_type_name(hint)}")
+    return fitted
+
+
+_UNFIT = object()
+
+
+def _fitted(value: Any, hint: Any) -> Any:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return next((fit for fit in (_fitted(value, one) for one in inner) if fit is not _UNFIT), _UNFIT)
+    if origin is Literal:
+        return next((one for one in inner if one == value and type(one) is type(value)), _UNFIT)
+    if hint is type(None):
+        return None if value is None else _UNFIT
+    if hint is float:
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else _UNFIT
+    if hint in (int, str, bool):
+        return value if type(value) is hint else _UNFIT
+    if isinstance(origin, type) and issubclass(origin, Iterable) and not issubclass(origin, Mapping):
+        return _fitted_many(value, origin, inner)
+    return value  # a type that text cannot say, such as a predicate: the control judges
+
+
+def _fitted_many(value: Any, origin: type, inner: tuple[Any, ...]) -> Any:
+    items = value if isinstance(value, tuple) else (value,)
+    if issubclass(origin, tuple) and inner and inner[-1] is not Ellipsis:
+        kinds = inner if len(inner) == len(items) else None
+    else:
+        kinds = (inner[0] if inner else Any,) * len(items)
+    fitted = (
+        tuple(_fitted(item, kind) for item, kind in zip(items, kinds, strict=True)) if kinds is not None else (_UNFIT,)
+    )
+    return _UNFIT if _UNFIT in fitted else fitted
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

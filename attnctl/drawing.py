@@ -1,0 +1,234 @@
+"""One drawing: the pipeline call a recipe describes, its word maps, and the sheet of two drawings side by side."""
+
+import inspect
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from .errors import AttnctlError, UnsupportedPipelineError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from rich.progress import Progress
+
+    from .control import Control
+    from .recipe import Recipe
+
+_PLAIN_WORDS = frozenset("a an the and or with in on at of to by from is are its his her their".split())
+
+_CELL, _GAP, _LINE = 384, 16, 24  # pixels of the sheet
+
+
+class DrawingError(AttnctlError):
+    """The pipeline cannot draw what it was asked to draw."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture, and the heat map of each word over it."""
+
+    picture: Image.Image
+    maps: dict[str, Image.Image]
+
+
+def content_words(prompt: str) -> tuple[str, ...]:
+    """The words of a prompt that mean a thing or a look, as phrases: a repeated word is told apart by its number."""
+    words = [word for word in re.findall(r"[^\W_]+(?:['-][^\W_]+)*", prompt.lower()) if word not in _PLAIN_WORDS]
+    total, seen, phrases = Counter(words), Counter[str](), []
+    for word in words:
+        seen[word] += 1
+        phrases.append(f"{word}#{seen[word]}" if total[word] > 1 else word)
+    return tuple(phrases)
+
+
+def check_size(pipe: "DiffusionPipeline", width: int, height: int) -> None:
+    """Raise unless the pipeline can draw this size exactly."""
+    from .sites import discover
+
+    try:
+        patch = min((site.factor for site in discover(pipe) if site.kind == "joint" and site.factor), default=1)
+    except UnsupportedPipelineError:
+        patch = 1  # drawing without controls needs no record
+    factor = getattr(pipe, "vae_scale_factor", 8) * patch
+    if width <= 0 or height <= 0 or width % factor or height % factor:
+        raise DrawingError(f"size {width}x{height}: both sides must be positive multiples of {factor} for this model")
+
+
+def draw(
+    pipe: "DiffusionPipeline",
+    recipe: "Recipe",
+    controls: Sequence["Control"],
+    label: str = "",
+    bar: "Progress | None" = None,
+) -> Drawing:
+    """Draw one picture as `recipe` says, under these controls. `bar` shows the steps, under this label."""
+    import torch
+
+    from .attachment import attach
+
+    settings = _call_settings(pipe, recipe)
+    # On the CPU whatever the device, so that a seed means the same noise everywhere.
+    settings["generator"] = torch.Generator("cpu").manual_seed(recipe.seed)
+    watch = _maps_control(recipe.maps)
+    try:
+        with (
+            _steps_shown(pipe, bar, label),
+            attach(pipe, *controls, *watch) if controls or watch else nullcontext() as run,
+        ):
+            picture = pipe(**settings).images[0]
+            maps = {word: run.maps.overlay(word, picture) for word in recipe.maps}
+    except AttnctlError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise DrawingError(f"out of memory on {recipe.device}: try a smaller --size or --dtype float16") from error
+    except ValueError as error:  # the pipeline's own check of its inputs
+        raise DrawingError(" ".join(str(error).split())) from error
+    return Drawing(picture, maps)
+
+
+def needed(recipe: "Recipe") -> tuple[str, ...]:
+    """Which drawings the picture of this recipe is made of."""
+    if recipe.shows == "comparison":
+        return ("plain", "controlled")
+    return (recipe.shows,) if recipe.shows != "maps" else ("controlled" if recipe.controls else "plain",)
+
+
+def pictures(drawings: dict[str, Drawing], recipe: "Recipe") -> dict[str, Image.Image]:
+    """Every picture that these drawings give, by what it shows; the most telling one last."""
+    titles = {"plain": "plain", "controlled": "; ".join(recipe.controls)}
+    columns = [_column(drawing, titles[kind]) for kind, drawing in drawings.items()]
+    found = {kind: drawing.picture for kind, drawing in drawings.items()}
+    if len(columns) > 1:
+        found["comparison"] = _beside(columns)
+    elif recipe.maps:
+        found["maps"] = _beside(columns)
+    return found
+
+
+def _maps_control(words: tuple[str, ...]) -> "tuple[Control, ...]":
+    if not words:
+        return ()
+    from .maps import TokenMaps
+
+    return (TokenMaps(phrases=words),)
+
+
+def _call_settings(pipe: "DiffusionPipeline", recipe: "Recipe") -> dict[str, Any]:
+    settings = {
+        "prompt": recipe.prompt,
+        "negative_prompt": recipe.negative,
+        "num_inference_steps": recipe.steps,
+        "guidance_scale": recipe.guidance,
+        "width": recipe.width,
+        "height": recipe.height,
+    }
+    settings = {name: value for name, value in settings.items() if value is not None}
+    unknown = settings.keys() - inspect.signature(pipe.__call__).parameters.keys()
+    if unknown:
+        raise DrawingError(f"{type(pipe).__name__} takes no {', '.join(sorted(unknown))}")
+    return settings
+
+
+def default_setting(pipe: "DiffusionPipeline", name: str) -> Any:
+    """What the pipeline itself uses for an argument that is not given; None if it has no such argument."""
+    parameter = inspect.signature(pipe.__call__).parameters.get(name)
+    return None if parameter is None or parameter.default is parameter.empty else parameter.default
+
+
+# ------------------------------------------------------------------------------------------------------------- progress
+
+
+class _Steps:
+    """What diffusers uses of a tqdm bar."""
+
+    def __init__(self, bar: "Progress", label: str, iterable: Iterable[Any] | None, total: int | None):
+        self.bar, self.iterable = bar, iterable
+        known = total if total is not None or not hasattr(iterable, "__len__") else len(iterable)  # type: ignore[arg-type]
+        self.task = bar.add_task(label, total=known)
+
+    def __enter__(self) -> "_Steps":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop_task(self.task)
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self.iterable or ():
+            yield item
+            self.update()
+
+    def update(self, steps: int = 1) -> None:
+        self.bar.advance(self.task, steps)
+
+
+@contextmanager
+def _steps_shown(pipe: "DiffusionPipeline", bar: "Progress | None", label: str) -> Iterator[None]:
+    """Send the pipeline's own step bar to `bar`, or nowhere; every pipeline has one, only some have step callbacks."""
+    if bar is None:
+        from rich.progress import Progress
+
+        bar = Progress(disable=True)
+    shown = bar
+
+    def progress_bar(iterable: Iterable[Any] | None = None, total: int | None = None) -> _Steps:
+        return _Steps(shown, label, iterable, total)
+
+    before = vars(pipe).get("progress_bar")
+    pipe.progress_bar = progress_bar
+    try:
+        yield
+    finally:
+        if before is None:
+            del pipe.progress_bar
+        else:
+            pipe.progress_bar = before
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def _beside(columns: list[Image.Image]) -> Image.Image:
+    width = sum(column.width for column in columns) + _GAP * (len(columns) + 1)
+    sheet = Image.new("RGB", (width, max(column.height for column in columns) + 2 * _GAP), "white")
+    left = _GAP
+    for column in columns:
+        sheet.paste(column, (left, _GAP))
+        left += column.width + _GAP
+    return sheet
+
+
+def _column(drawing: Drawing, title: str) -> Image.Image:
+    """Title, picture, and the maps in rows of up to three under it."""
+    main = _fitted(drawing.picture, _CELL)
+    per_row = min(3, max(1, len(drawing.maps)))
+    small = (_CELL - _GAP * (per_row - 1)) // per_row
+    cells = [(word, _fitted(picture, small)) for word, picture in drawing.maps.items()]
+    row = max((cell.height for _, cell in cells), default=0) + _LINE
+    rows = -(-len(cells) // per_row)
+    column = Image.new("RGB", (_CELL, _LINE + main.height + rows * (row + _GAP)), "white")
+    pen = ImageDraw.Draw(column)
+    _write(pen, (0, 0), title, _CELL)
+    column.paste(main, (0, _LINE))
+    for index, (word, cell) in enumerate(cells):
+        left = index % per_row * (small + _GAP)
+        top = _LINE + main.height + _GAP + index // per_row * (row + _GAP)
+        _write(pen, (left, top), word, small)
+        column.paste(cell, (left, top + _LINE))
+    return column
+
+
+def _fitted(picture: Image.Image, width: int) -> Image.Image:
+    height = max(1, round(picture.height * width / picture.width))
+    return picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _write(pen: ImageDraw.ImageDraw, at: tuple[int, int], text: str, width: int) -> None:
+    font = ImageFont.load_default(16)
+    while len(text) > 1 and pen.textlength(text, font=font) > width:
+        text = text[:-2] + "…"
+    pen.text(at, text, fill="black", font=font)

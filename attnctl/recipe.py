@@ -1,0 +1,154 @@
+"""The recipe of a picture: everything that drew it, kept as JSON inside the PNG so that it can be drawn again.
+
+The recipe also holds the hash of the picture's pixels, so "bit-identical" is a fact that anyone can check.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from .errors import AttnctlError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+CHUNK = "attnctl"
+"""Keyword of the PNG text chunk."""
+
+PACKAGES = ("attnctl", "torch", "diffusers", "transformers")
+
+
+class RecipeError(AttnctlError):
+    """A picture without a recipe, or with one that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What drew one picture. `shows` says which picture it is; a size or guidance of None is the pipeline's own."""
+
+    model: str
+    weights: str  # weights_hash of the pipeline
+    prompt: str
+    negative: str | None
+    seed: int
+    steps: int
+    width: int | None
+    height: int | None
+    guidance: float | None
+    controls: tuple[str, ...]  # as --control writes them
+    maps: tuple[str, ...]  # the phrases whose maps were drawn
+    device: str
+    dtype: str
+    threads: int
+    versions: dict[str, str]
+    shows: str = "controlled"  # plain | controlled | maps | comparison
+    pixels: str | None = None  # pixel_hash of the picture that carries this recipe
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Recipe":
+        try:
+            content = json.loads(text)
+            recipe = cls(**{field.name: content[field.name] for field in fields(cls)})
+        except (ValueError, KeyError, TypeError) as error:
+            raise RecipeError(f"the recipe cannot be read: {type(error).__name__} {error}") from None
+        return replace(recipe, controls=tuple(recipe.controls), maps=tuple(recipe.maps))
+
+    def digest(self) -> str:
+        """Names the drawing: the same for all pictures of one drawing, another for any other."""
+        return hashlib.sha256(replace(self, shows="", pixels=None).to_json().encode()).hexdigest()[:6]
+
+    def differences(self, versions: dict[str, str], weights: str) -> list[str]:
+        """What is not as it was when the picture was drawn, one line each."""
+        lines = [
+            f"drawn with {name} {was}, redrawn with {versions.get(name, 'none')}"
+            for name, was in self.versions.items()
+            if versions.get(name) != was
+        ]
+        if weights != self.weights:
+            lines.append(f"the weights of {self.model} are not those it was drawn with")
+        return lines
+
+
+def installed_versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}
+
+
+def pixel_hash(picture: Image.Image) -> str:
+    head = f"{picture.mode} {picture.width}x{picture.height} ".encode()
+    return hashlib.sha256(head + picture.tobytes()).hexdigest()
+
+
+def weights_hash(pipe: "DiffusionPipeline") -> str:
+    """One hash over every parameter and buffer of every component, in the type they are loaded in."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, component in sorted(pipe.components.items()):
+        if not isinstance(component, torch.nn.Module):
+            continue
+        for key, tensor in component.state_dict().items():
+            digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)};".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save(picture: Image.Image, path: Path, recipe: Recipe) -> None:
+    """Write the PNG with its recipe; `path` appears whole or not at all."""
+    info = PngInfo()
+    info.add_itxt(CHUNK, replace(recipe, pixels=pixel_hash(picture)).to_json())
+    made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+        with os.fdopen(handle, "wb") as file:
+            picture.save(file, format="PNG", pnginfo=info)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner reads
+        os.replace(temporary, path)
+    except BaseException:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def open_picture(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else "it is not a whole picture"
+        raise RecipeError(f"cannot read {path}: {reason}") from None
+
+
+def read(path: Path) -> tuple[Image.Image, Recipe]:
+    """A picture and its recipe."""
+    picture = open_picture(path)
+    text: Any = picture.info.get(CHUNK)
+    if text is None:
+        raise RecipeError(f"{path} carries no attnctl recipe: it was not drawn by attnctl, or was saved again since")
+    recipe = Recipe.from_json(str(text))
+    if recipe.pixels != pixel_hash(picture):
+        raise RecipeError(f"{path} was changed since it was drawn: its pixels are not those of its recipe")
+    return picture, recipe
