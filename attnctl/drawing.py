@@ -140,7 +140,7 @@ def default_setting(pipe: "DiffusionPipeline", name: str) -> Any:
     return None if parameter is None or parameter.default is parameter.empty else parameter.default
 
 
-# ------------------------------------------------------------------------------------------------------------- progress
+# --- progress ---------------------------------------------------------------------------------------------------------
 
 
 class _Steps:
@@ -189,7 +189,7 @@ def _steps_shown(pipe: "DiffusionPipeline", bar: "Progress | None", label: str) 
             pipe.progress_bar = before
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
+# --- pictures ---------------------------------------------------------------------------------------------------------
 
 
 def _beside(columns: list[Image.Image]) -> Image.Image:

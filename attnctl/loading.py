@@ -146,7 +146,7 @@ def _worth_saying(record: LogRecord) -> bool:
     return not any(noise in record.getMessage() for noise in _NOISE)
 
 
-# ----------------------------------------------------------------------------------------------- a folder, read through
+# --- a folder, read through -------------------------------------------------------------------------------------------
 
 
 def check_folder(folder: Path) -> None:
