@@ -1,17 +1,68 @@
-"""attach(): controls on a pipeline, and off again."""
+"""attach(): controls on a pipeline, and off again, leaving no trace."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 from .control import Control
+from .errors import ControlError
+from .run import Run
+from .sites import Site
+from .wiring import Wiring
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an attachment does and has done, for people.
+
+    Attributes:
+        family: which record describes the denoiser.
+        sites: for each control, the names of the sites it acts at.
+        calls: conditional denoiser calls of the latest pipeline call.
+        foreign: sites where somebody else has set another processor since, so controls do not act there.
+    """
+
+    family: str
+    sites: tuple[tuple[str, tuple[str, ...]], ...]
+    calls: int = 0
+    foreign: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        lines = [f"{self.family}, {self.calls} denoiser calls"]
+        lines += [f"{name}: {len(sites)} sites" for name, sites in self.sites]
+        if self.foreign:
+            lines.append(f"out of reach (another processor was set): {', '.join(self.foreign)}")
+        return "\n".join(lines)
 
 
 class Attachment:
-    """What `attach` returns: a context manager; `release()` undoes everything."""
+    """Controls in place on one pipeline. A context manager; `release` may be called at any time, and again.
+
+    Attributes:
+        pipe: the pipeline.
+        controls: in list order, outermost first.
+        run: the latest pipeline call while attached; None before the first.
+    """
+
+    def __init__(self, pipe: Any, controls: tuple[Control, ...], prompt: str | list[str] | None) -> None:
+        self.pipe, self.controls, self.prompt = pipe, controls, prompt
+        self.run: Run | None = None
+        self._wiring: Wiring | None = Wiring.of(pipe)
+        available = tuple(self._wiring.sites.values())
+        self.selected: tuple[tuple[Site, ...], ...] = tuple(control.sites(available) for control in controls)
+        seen = {id(control) for control in self._wiring.controls()}
+        for control in controls:
+            if id(control) in seen:
+                raise ControlError(f"this {type(control).__name__} object is attached already; make another one")
+            seen.add(id(control))
+        self._wiring.add(self)
 
     def release(self) -> None:
-        raise NotImplementedError
+        """Undo everything this attachment did to the pipeline. Results stay readable."""
+        wiring, self._wiring = self._wiring, None
+        if wiring is not None:
+            wiring.remove(self)
 
     def __enter__(self) -> Attachment:
         return self
@@ -19,7 +70,54 @@ class Attachment:
     def __exit__(self, *exc: Any) -> None:
         self.release()
 
+    @property
+    def maps(self) -> Any:
+        """The maps of the latest pipeline call, from the attached `TokenMaps`.
+
+        Raises:
+            ControlError: no `TokenMaps` is attached, or the pipeline has not been called.
+        """
+        control = next((c for c in self.controls if type(c).__name__ == "TokenMaps"), None)
+        if control is None:
+            raise ControlError("there are no maps: attach a TokenMaps() control to record them")
+        if self.run is None:
+            raise ControlError("there are no maps yet: call the pipeline first")
+        return self.run.state(control)
+
+    @property
+    def report(self) -> Report:
+        """What this attachment does and has done."""
+        seats = self._wiring.seats if self._wiring else {}
+        return Report(
+            family=self.run.family.name if self.run else "",
+            sites=tuple(
+                (type(control).__name__, tuple(site.name for site in sites))
+                for control, sites in zip(self.controls, self.selected, strict=True)
+            ),
+            calls=self.run.calls if self.run else 0,
+            foreign=tuple(name for name, seat in seats.items() if not seat.in_place()),
+        )
+
 
 def attach(pipe: Any, *controls: Control, prompt: str | list[str] | None = None) -> Attachment:
-    """Put controls on a pipeline until the attachment is released."""
-    raise NotImplementedError
+    """Put controls on a pipeline.
+
+        with attach(pipe, Segregation("cat", "dog"), TokenMaps()) as run:
+            picture = pipe("a cat and a dog").images[0]
+        run.maps["cat"]
+
+    Args:
+        pipe: a diffusers pipeline of a family attnctl knows (SD 1/2, SDXL, SD 3/3.5, FLUX.1).
+        controls: in this order they see each attention call, the first outermost.
+        prompt: what the embeddings mean, for pipelines called with `prompt_embeds`; one text, or one per prompt.
+
+    Returns:
+        An `Attachment`: leave its `with` block, or call `release()`, and the pipeline is as it was.
+
+    Raises:
+        UnsupportedPipelineError: no family record describes the pipeline's denoiser.
+        NoSiteError: a control selects no site.
+        UnsupportedProcessorError: a selected site never calls fused attention (sliced, eager, xformers, linear).
+        ControlError: two controls cannot be combined, or one is attached already.
+    """
+    return Attachment(pipe, controls, prompt)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Lane(enum.Enum):
-    """What a control does at a site. Only PROBS needs the (queries, keys) probabilities, so only it loses the kernel."""
+    """What a control does at a site. Only PROBS needs (queries, keys) probabilities, so only it costs the kernel."""
 
     IDENTITY = "identity"  # nothing
     BIAS = "bias"  # adds to the logits

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .errors import NoSiteError
+from .errors import ControlError, NoSiteError
 
 Kind = Literal["self", "cross", "joint", "text"]
 Selection = str | Callable[["Site"], bool] | Iterable[Any] | None  # a Site selects itself
@@ -43,6 +43,33 @@ class Site:
         if self.factor is None:
             raise NoSiteError(f"{self.name} attends over text only and has no image grid")
         return -(-latent_height // self.factor), -(-latent_width // self.factor)
+
+    def layout(self, grid: tuple[int, int], queries: int, keys: int, text_rows: int | None) -> tuple[slice, slice]:
+        """(text keys, image queries) of one attention call.
+
+        Args:
+            grid: what `grid` says for the latents being drawn.
+            queries, keys: lengths of the call.
+            text_rows: length of the text sequence, where it is known; only joint sites need it.
+
+        Raises:
+            ControlError: the call is not shaped as the grid says, e.g. because tokens were merged.
+        """
+        cells = grid[0] * grid[1]
+        if self.kind == "joint":
+            text = keys - cells if text_rows is None else text_rows
+            if self.order == "text-first" and text >= 0 and text + cells <= keys == queries:
+                return slice(0, text), slice(text, text + cells)  # a reference picture may follow
+            if self.order == "image-first" and text >= 0 and text + cells == keys == queries:
+                return slice(cells, keys), slice(0, cells)
+        elif self.kind == "text":
+            return slice(0, keys), slice(0, 0)
+        elif queries == cells:
+            return slice(0, keys if self.kind == "cross" else 0), slice(0, cells)
+        raise ControlError(
+            f"{self.name} attends with {queries} queries and {keys} keys, which is no {grid[0]} x {grid[1]} grid; "
+            "is something else changing the tokens (token merging, an unknown picture input)?"
+        )
 
 
 def discover(pipe_or_denoiser: Any) -> tuple[Site, ...]:

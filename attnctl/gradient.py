@@ -1,0 +1,109 @@
+"""The extra forward behind `Step.probe`: conditional rows, frozen parameters, stopped after the last watched site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .control import AttentionCall, Rows
+from .errors import ControlError
+from .run import Step
+from .sites import Site
+
+
+class Stop(BaseException):
+    """All watched sites were seen. Raised in our own forward only; no `except Exception` in a model may catch it."""
+
+
+@dataclass
+class Watch:
+    """What a running probe waits for."""
+
+    step: Step
+    waiting: dict[str, Callable[[AttentionCall], None]]  # by site name
+
+    def see(self, call: AttentionCall) -> None:
+        """Hand a call to whoever waits for its site, and stop the forward if that was the last one."""
+        callback = self.waiting.pop(call.site.name, None)
+        if callback is not None:
+            callback(call)
+            if not self.waiting:
+                raise Stop
+
+
+def probe(step: Step, latents: Tensor, watch: Mapping[Site, Callable[[AttentionCall], None]]) -> None:
+    """See `Step.probe`."""
+    wiring, rows = step.wiring, step.rows
+    if strangers := [site.name for site in watch if site.name not in wiring.seats]:
+        raise ControlError(f"step.probe cannot watch {strangers[0]}: no attached control selects it")
+    if rows.cond is None:
+        raise ControlError("step.probe needs conditional rows, and this denoiser call has none")
+    if not watch:
+        return
+    count = rows.cond.stop - rows.cond.start
+    own = replace(step, rows=Rows(slice(0, count), None, count))
+    watching = Watch(own, {site.name: callback for site, callback in watch.items()})
+    model, family = wiring.model, step.run.family
+    with ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        stack.enter_context(uncompiled(model))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        arguments = _conditional(step, family.shared)
+        arguments[family.sample] = step.sample.replaced(arguments[family.sample], latents * step.scale)
+        stack.enter_context(wiring.watched(watching))
+        try:
+            model(**arguments)
+        except Stop:
+            pass
+    if watching.waiting:
+        raise ControlError(f"step.probe watched {next(iter(watching.waiting))}, which this denoiser call never reached")
+
+
+def _conditional(step: Step, shared: frozenset[str]) -> dict[str, Any]:
+    """The call's arguments with the conditional rows of every batched tensor; containers are copied, not shared."""
+    rows, keep = step.rows, step.rows.cond
+
+    def take(value: Any, batched: bool) -> Any:
+        if isinstance(value, Tensor):
+            if batched and value.ndim and value.shape[0] == rows.total:
+                value = value[keep]
+            return value.clone() if value.is_inference() else value  # an inference tensor cannot be saved for backward
+        if isinstance(value, dict):
+            return {k: take(v, batched) for k, v in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(take(v, batched) for v in value)
+        return value
+
+    return {name: take(value, name not in shared) for name, value in step.arguments.items()}
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient inside; exactly those that did ask again after."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in trained:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Modules compiled in place run as written: a compiled graph can neither stop half-way nor record autograd."""
+    compiled = [(m, vars(m)["_compiled_call_impl"]) for m in model.modules() if "_compiled_call_impl" in vars(m)]
+    try:
+        for module, _ in compiled:
+            vars(module)["_compiled_call_impl"] = None
+        yield
+    finally:
+        for module, call in compiled:
+            vars(module)["_compiled_call_impl"] = call

@@ -1,0 +1,203 @@
+"""Run: one pipeline call while attached. Step: one of its denoiser calls, with latents a control may read and edit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .control import AttentionCall, Control, Rows
+from .errors import ControlError, PhraseError
+from .families import Family
+from .sites import Site
+
+if TYPE_CHECKING:
+    from .wiring import Wiring
+
+Texts = dict[str, list[str]]  # encode_prompt argument -> one text per image
+
+
+@dataclass(eq=False)
+class Run:
+    """One pipeline call.
+
+    Attributes:
+        family: the record of the pipeline's denoiser.
+        images: how many pictures are drawn together.
+        latent_size: (height, width) in latent cells, unpacked.
+        steps: conditional denoiser calls this pipeline call will make; 0 if the scheduler does not say.
+        calls: how many it has made.
+    """
+
+    family: Family
+    pipe: Any
+    images: int
+    latent_size: tuple[int, int]
+    steps: int
+    texts: Texts
+    max_sequence_length: int | None = None
+    calls: int = 0
+    start: int = 0  # position of the first step in the scheduler's timesteps
+    schedule: int = 0  # how many timesteps the scheduler has
+    _states: dict[int, tuple[Control, Any]] = field(default_factory=dict)
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompt of each image, repeated as `num_images_per_prompt` says.
+
+        Raises:
+            PhraseError: the pipeline was given embeddings and nobody said what they mean.
+        """
+        if "prompt" not in self.texts:
+            raise PhraseError(
+                "the pipeline was given embeddings, not words; say what they mean: attach(..., prompt=...)"
+            )
+        return self.texts["prompt"]
+
+    def tokens(self, phrase: str, image: int) -> list[int]:
+        """Text rows of a site that hold a phrase of one image's prompt, over all tokenizers of the pipeline.
+
+        Args:
+            phrase: words of the prompt; "cat#2" is the second "cat".
+            image: index of the picture.
+
+        Returns:
+            Positions relative to `AttentionCall.text`, ascending.
+
+        Raises:
+            PhraseError: the phrase is in none of the prompts the tokenizers read, or was cut off; names what there is.
+        """
+        from .prompts import find
+
+        found: set[int] = set()
+        trouble: PhraseError | None = None
+        for stream in self.family.streams:
+            tokenizer = getattr(self.pipe, stream.tokenizer, None)
+            if tokenizer is None:
+                continue
+            text = self.texts.get(stream.prompt, self.prompts)[image]
+            if hasattr(self.pipe, "maybe_convert_prompt"):  # textual inversion: one word may stand for several tokens
+                text = self.pipe.maybe_convert_prompt(text, tokenizer)
+            rows = self.max_sequence_length if isinstance(stream.rows, str) else stream.rows
+            try:
+                found.update(
+                    stream.offset + i for i in find(tokenizer, text, phrase, rows or tokenizer.model_max_length)
+                )
+            except PhraseError as error:
+                trouble = trouble or error
+        if not found:
+            raise trouble or PhraseError(f"the pipeline has no tokenizer to find {phrase!r} with")
+        return sorted(found)
+
+    def state(self, control: Control) -> Any:
+        """What the control's `begin` returned for this run."""
+        try:
+            return self._states[id(control)][1]
+        except KeyError:
+            raise ControlError(f"{type(control).__name__} has not begun in this run; is it attached?") from None
+
+    def begin(self, control: Control) -> None:
+        """Let a control begin, once."""
+        if id(control) not in self._states:
+            self._states[id(control)] = control, control.begin(self)
+
+    def end(self) -> None:
+        """Let every control that began end."""
+        for control, _ in self._states.values():
+            control.end(self)
+
+
+@dataclass(eq=False)
+class Sample:
+    """The latents of one denoising step: as the denoiser is given them, and as a control has edited them."""
+
+    raw: Tensor  # (rows.total, ...) scaled, with any extra channels
+    rows: slice  # the conditional rows of `raw`
+    channels: int  # how many channels are latents
+    dim: int  # which dimension of `raw` they are in
+    scale: float
+    edited: Tensor | None = None
+    _base: Tensor | None = None
+
+    def replaced(self, raw: Tensor, scaled: Tensor) -> Tensor:
+        """`raw` with its latent channels replaced by these (already scaled) latents, repeated over its row blocks."""
+        scaled = scaled.to(raw.dtype)
+        scaled = torch.cat([scaled] * (raw.shape[0] // scaled.shape[0]))
+        rest = raw.shape[self.dim] - self.channels
+        return torch.cat([scaled, raw.narrow(self.dim, self.channels, rest)], self.dim) if rest else scaled
+
+    @property
+    def base(self) -> Tensor:
+        """The conditional latents as they came, unscaled; never an inference tensor, so gradients may start here."""
+        if self._base is None:
+            latents = self.raw[self.rows].narrow(self.dim, 0, self.channels)
+            with torch.inference_mode(False):
+                latents = latents.clone() if latents.is_inference() else latents
+                self._base = latents if self.scale == 1.0 else latents / self.scale
+        return self._base
+
+
+@dataclass(eq=False)
+class Step:
+    """One denoiser call.
+
+    Attributes:
+        run: the pipeline call it is part of.
+        index: conditional denoiser calls of the run before this one (Heun makes two per solver step).
+        timestep: as the denoiser is given it.
+        rows: which batch rows are what.
+        extra: a further pass over conditional rows within the same step (skip-layer guidance); it counts for nothing.
+        text_rows: length of the text sequence, if this call has one.
+        scale: factor the scheduler puts on latents before the denoiser sees them (Euler: (sigma^2 + 1) ** -0.5).
+        sigma: noise level, where the scheduler has one.
+        fraction: position in the whole schedule, from 0 (noise) towards 1; image-to-image starts further on.
+    """
+
+    run: Run
+    index: int
+    timestep: Any
+    rows: Rows
+    scale: float
+    sigma: float | None
+    fraction: float
+    sample: Sample
+    wiring: Wiring
+    arguments: dict[str, Any]  # of this denoiser call by name, before edits
+    extra: bool = False
+    text_rows: int | None = None
+
+    @property
+    def latents(self) -> Tensor:
+        """The conditional latents, unscaled: (images, channels, height, width), FLUX (images, tokens, channels).
+
+        Assigning edits the sample for every branch of this step and for `scheduler.step`.
+        """
+        return self.sample.base if self.sample.edited is None else self.sample.edited
+
+    @latents.setter
+    def latents(self, value: Tensor) -> None:
+        base = self.sample.base
+        if value.shape != base.shape:
+            raise ControlError(f"latents of this step have shape {tuple(base.shape)}, not {tuple(value.shape)}")
+        self.sample.edited = value.detach().to(base)
+
+    def probe(self, latents: Tensor, watch: Mapping[Site, Callable[[AttentionCall], None]]) -> None:
+        """Run the denoiser on the conditional rows with these latents, to read attention; autograd is recorded.
+
+        No control acts in this forward and its output is dropped: it stops right after the last watched site.
+        Parameters are frozen meanwhile, so `torch.autograd.grad(loss, latents)` is all there is to differentiate.
+
+        Args:
+            latents: unscaled, shaped like `step.latents`.
+            watch: called with the first attention call of each of these sites; the sites must be among those the
+                control selects. In `call.step.rows` every row is conditional.
+
+        Raises:
+            ControlError: a site is not under control, or this forward never reached it.
+        """
+        from .gradient import probe
+
+        probe(self, latents, watch)
