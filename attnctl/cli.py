@@ -215,17 +215,21 @@ def _glyph_things(prompt: str) -> list[str]:
     return [phrase for phrase in content_words(prompt) if phrase.partition("#")[0] in CONCEPTS]
 
 
-def _control(text: str) -> "Control":
+def known_controls() -> "dict[str, type[Control]]":
+    """The controls of `attnctl.processors`, by class name."""
     from . import processors
     from .control import Control
+
+    found = {name: getattr(processors, name) for name in dir(processors) if not name.startswith("_")}
+    return {
+        name: it for name, it in found.items() if isinstance(it, type) and issubclass(it, Control) and it is not Control
+    }
+
+
+def _control(text: str) -> "Control":
     from .control_text import parse_control
 
-    known = {
-        name: found
-        for name, found in ((name, getattr(processors, name)) for name in dir(processors) if not name.startswith("_"))
-        if isinstance(found, type) and issubclass(found, Control) and found is not Control
-    }
-    return parse_control(text, known)
+    return parse_control(text, known_controls())
 
 
 def _check_writable(out: Path) -> None:

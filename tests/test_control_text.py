@@ -1,0 +1,123 @@
+"""Controls as text: what is read, and what is refused with which words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Literal
+
+import pytest
+
+from attnctl.control_text import ControlTextError, describe, parse_control, write_control
+
+if TYPE_CHECKING:
+    from attnctl.sites import Selection
+
+
+@dataclass(frozen=True, init=False)
+class KeepApart:
+    phrases: tuple[str, ...]
+    strength: float = 1.0
+    until: int | None = None
+    norm: Literal["sum", "max"] = "sum"
+    window: tuple[float, float] = (0.0, 1.0)
+    where: Selection = None
+    loud: bool = False
+
+    def __init__(self, *phrases: str, strength: float = 1.0, until: int | None = None,
+                 norm: Literal["sum", "max"] = "sum", window: tuple[float, float] = (0.0, 1.0),
+                 where: Selection = None, loud: bool = False):  # fmt: skip
+        if len(phrases) < 2:
+            raise ValueError("at least two phrases")
+        settings = locals()
+        for field in fields(self):
+            object.__setattr__(self, field.name, settings[field.name])
+
+
+@dataclass(frozen=True)
+class Boost:
+    phrases: tuple[str, ...] | str
+    weight: float = 2.0
+
+
+@dataclass(frozen=True)
+class Blur:
+    sigma: float = 1.0
+
+
+KNOWN = {"KeepApart": KeepApart, "Boost": Boost, "Blur": Blur}
+
+
+def parse(text):
+    return parse_control(text, KNOWN)
+
+
+@pytest.mark.parametrize(
+    ("text", "control"),
+    [
+        ("keep_apart(cat, red car)", KeepApart("cat", "red car")),
+        (" KEEP-APART ( cat , dog#2 , strength = 0.5 ) ", KeepApart("cat", "dog#2", strength=0.5)),
+        ("keepapart(cat, dog, strength=2, until=5)", KeepApart("cat", "dog", strength=2.0, until=5)),
+        ("keepapart(cat, dog, until=none, loud=true)", KeepApart("cat", "dog", loud=True)),
+        ("keepapart(cat, dog, norm=max, window=[0, 0.5])", KeepApart("cat", "dog", norm="max", window=(0.0, 0.5))),
+        ("keepapart(cat, dog, where=[cross, factor:2])", KeepApart("cat", "dog", where=("cross", "factor:2"))),
+        ("keepapart('one, two', \"a=b\")", KeepApart("one, two", "a=b")),
+        ("keepapart(the cat's hat, the dog's hat)", KeepApart("the cat's hat", "the dog's hat")),
+        ("keepapart(3, none)", KeepApart("3", "none")),
+        ("boost(cat, dog)", Boost(("cat", "dog"))),
+        ("blur", Blur()),
+        ("blur()", Blur()),
+        ("blur(2)", Blur(2.0)),
+    ],
+)
+def test_read(text, control):
+    assert parse(text) == control
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "segregate(cat, dog)",
+            r"unknown control 'segregate'; there are: blur\(sigma=1.0\); boost\(\*phrases, weight=2.0\);",
+        ),
+        (
+            "keepapart(cat, dog, strengh=1)",
+            r"no setting 'strengh'; it is written keep_apart\(\*phrases, strength=1.0, until",
+        ),
+        ("keepapart(cat, dog, strength=big)", r"strength = big does not fit: it takes float"),
+        ("keepapart(cat, dog, strength=true)", r"does not fit"),
+        ("keepapart(cat, dog, until=1.5)", r"until = 1.5 does not fit: it takes int | None"),
+        ("keepapart(cat, dog, loud=1)", r"does not fit"),
+        ("keepapart(cat, dog, norm=mean)", r"does not fit"),
+        ("keepapart(cat, dog, window=[0, 1, 2])", r"does not fit"),
+        ("keepapart(cat, dog, phrases=x)", r"no setting 'phrases'"),
+        ("keepapart(cat)", r"at least two phrases; it is written"),
+        ("keepapart(cat, strength=1, dog)", r"phrases stand before settings"),
+        ("keepapart(cat, dog, strength=1, strength=2)", r"strength is set twice"),
+        ("keepapart(cat,, dog)", r"a value is empty"),
+        ("keepapart(cat, dog, strength=)", r"a value is empty"),
+        ("keepapart(cat, dog", r"cannot read"),
+        ("keepapart(cat, (dog)", r"a quote or bracket"),
+        ("keepapart(cat, 'dog)", r"a quote or bracket"),
+        ("keepapart: cat | dog", r"write it as name\(phrase, phrase, setting=value\)"),
+        ("", r"cannot read the control ''"),
+        ("blur(1, 2)", r"2 values for 1 settings"),
+    ],
+)
+def test_refused(text, said):
+    with pytest.raises(ControlTextError, match=said):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    "phrases", [("cat", "red car"), ("one, two", "a=b"), ("the cat's hat", "(x)"), ('say "hi"', "b")]
+)
+def test_what_is_written_is_read_again(phrases):
+    assert parse(write_control("keepapart", *phrases)) == KeepApart(*phrases)
+
+
+def test_every_control_of_the_package_describes_itself():
+    from attnctl.cli import known_controls
+
+    for name, cls in known_controls().items():
+        assert describe(cls).startswith(name[0].lower())
