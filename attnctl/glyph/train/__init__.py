@@ -1,0 +1,1 @@
+"""Training of the models that ship with attnctl: `python -m attnctl.glyph.train {autoencoder,sd,judge}`."""

@@ -1,0 +1,67 @@
+"""python -m attnctl.glyph.train: draws scenes, trains, and writes what attnctl ships."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from attnctl.glyph.train.loop import Settings, train
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+
+
+@app.callback()
+def main() -> None:
+    """Keeps the model's name an argument, however many there are."""
+
+
+Out = Annotated[Path, typer.Option(help="Folder for checkpoints, reports and the result.")]
+Steps = Annotated[int, typer.Option(help="Length of the whole run; a finished run can be resumed with more.")]
+Minutes = Annotated[float, typer.Option(help="Stop, with a checkpoint, after so many minutes; 0: run to the end.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out, exactly.")]
+Seed = Annotated[int, typer.Option(help="Seed of scenes, weights and noise.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
+Rate = Annotated[float, typer.Option(help="Peak learning rate.")]
+Scenes = Annotated[int, typer.Option(help="Scenes drawn for training.")]
+
+
+@app.command()
+def autoencoder(
+    out: Out = Path("runs/autoencoder"),
+    steps: Steps = 6000,
+    minutes: Minutes = 0,
+    resume: Resume = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    rate: Rate = 2e-3,
+    scenes: Scenes = 4000,
+) -> None:
+    """The autoencoder, on crops; writes OUT/vae."""
+    from attnctl.glyph.train.autoencoder import Autoencoding
+
+    settings = Settings(out, steps, rate, seed, minutes, resume, every=250)
+    train(Autoencoding(scenes, seed, device), settings)
+
+
+@app.command()
+def sd(
+    vae: Annotated[Path, typer.Option(help="The trained autoencoder.")] = Path("runs/autoencoder/vae"),
+    out: Out = Path("runs/sd"),
+    steps: Steps = 15_000,
+    minutes: Minutes = 0,
+    resume: Resume = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    rate: Rate = 1e-3,
+    scenes: Scenes = 20_000,
+    grounding: Annotated[float, typer.Option(help="Weight of the grounding loss; 0 leaves it out.")] = 0.05,
+) -> None:
+    """The Stable Diffusion pipeline; writes OUT/glyph-sd."""
+    from attnctl.glyph.train.sd import Denoising
+
+    settings = Settings(out, steps, rate, seed, minutes, resume)
+    train(Denoising(vae, scenes, seed, device, out, grounding), settings)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,125 @@
+"""Do the words of a caption look at their own things? A training loss that teaches it and a test that measures it.
+
+The loss follows TokenCompose (arXiv 2312.03626): the part of a word's attention that falls outside its thing, squared.
+"""
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from attnctl.glyph.scenes import Scene
+from attnctl.glyph.words import COLOURS, CONCEPTS
+
+GRID = 16
+
+
+def owners(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Token ids, (n, 77), and for each token the index of the thing it speaks of, (n, 77); -1 for all other tokens."""
+    ids = tokenizer(list(captions), padding="max_length", max_length=77, return_tensors="pt").input_ids
+    owner = torch.full_like(ids, -1)
+    for row, caption in enumerate(captions):
+        at, thing = 1, 0  # behind the start token
+        for word in caption.replace(",", " ,").split():
+            pieces = len(tokenizer(word).input_ids) - 2
+            if word in COLOURS or word in CONCEPTS:
+                owner[row, at : at + pieces] = thing
+                thing += word in CONCEPTS
+            at += pieces
+    return ids, owner
+
+
+def coverage(scene: Scene, things: int = 3) -> Tensor:
+    """(things, 16, 16) in [0, 1]: how much of each cell each thing covers; zeros where there are fewer things."""
+    masks = torch.zeros(things, GRID, GRID)
+    for k, thing in enumerate(scene.things):
+        masks[k] = F.adaptive_avg_pool2d(torch.from_numpy(thing.mask).float()[None], GRID)[0]
+    return masks
+
+
+@dataclass
+class Eager:
+    """An attention processor with plain matrix products, whose backward on a CPU is much faster than the fused kernel's.
+
+    It keeps the maps of the cross-attention sites with at least 64 queries: grid side -> [(batch, queries, keys), ...],
+    each the mean over heads.
+    """
+
+    maps: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        projected = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in projected)  # (batch, heads, tokens, dim)
+        probabilities = torch.softmax((q * attn.scale) @ k.transpose(-1, -2), -1)
+        if encoder_hidden_states is not None and q.shape[2] >= 64:
+            self.maps.setdefault(round(q.shape[2] ** 0.5), []).append(probabilities.mean(1))
+        out: Tensor = attn.to_out[0]((probabilities @ v).transpose(1, 2).flatten(2))
+        return out
+
+
+@contextmanager
+def eager(unet: UNet2DConditionModel):  # type: ignore[no-untyped-def]
+    """All attention of the UNet through one `Eager`, which is yielded; the processors before come back at the end."""
+    before, processor = dict(unet.attn_processors), Eager()
+    unet.set_attn_processor(processor)
+    try:
+        yield processor
+    finally:
+        unet.set_attn_processor(before)
+
+
+def grounding_loss(maps: dict[int, list[Tensor]], owner: Tensor, masks: Tensor, weight: Tensor) -> Tensor:
+    """Mean over owned tokens, sites and rows of weight * (1 - mass on the own thing / mass anywhere)^2, a scalar.
+
+    owner: (batch, 77); masks: (batch, things, 16, 16); weight: (batch,).
+    """
+    rows, tokens = torch.nonzero(owner >= 0, as_tuple=True)
+    losses = []
+    for side, sites in maps.items():
+        own = F.adaptive_avg_pool2d(masks, side)[rows, owner[rows, tokens]].flatten(1)  # (words, cells)
+        for site in sites:
+            word = site[rows, :, tokens].float()  # (words, cells)
+            inside = (word * own).sum(1) / word.sum(1).clamp_min(1e-8)
+            losses.append(((1 - inside).square() * weight[rows]).mean())
+    return torch.stack(losses).mean()
+
+
+@dataclass(frozen=True)
+class MapScore:
+    """pointing: part of nouns whose map peaks on their own thing. share: mass on the own thing over mass on both."""
+
+    pointing: float
+    share: float
+
+
+@torch.no_grad()
+def map_test(maps: Sequence[Tensor], owner: Tensor, nouns: Tensor, masks: Tensor) -> MapScore:
+    """Scores two-thing scenes by the 16 x 16 maps, mean over sites and heads.
+
+    maps: (batch, 256, 77) each; owner, nouns: (batch, 77), `nouns` true at the pieces of concept words; masks:
+    (batch, things, 16, 16). A cell is on a thing where the thing covers half of it.
+    """
+    mean = torch.stack([site.float() for site in maps]).mean(0)
+    hits, shares = [], []
+    for row in range(len(mean)):
+        own = masks[row].flatten(1)  # (things, cells)
+        for thing in range(2):
+            word = mean[row][:, (owner[row] == thing) & nouns[row]].sum(1)
+            mass = own @ word
+            hits.append(bool(own[thing, word.argmax()] >= 0.5))
+            shares.append(float(mass[thing] / mass[:2].sum()))
+    return MapScore(sum(hits) / len(hits), sum(shares) / len(shares))

@@ -1,0 +1,174 @@
+"""The loop every model of the glyph world is trained with: progress, checkpoints, an average of the weights, exact resume."""
+
+import os
+import time
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+Losses = dict[str, Tensor]
+
+
+class Task(Protocol):
+    """What is trained: a network, and its loss at a step.
+
+    `loss` must depend on nothing but the network and the generator, which the loop seeds by (seed, step): that makes a
+    resumed run equal to one that was never interrupted.
+    """
+
+    network: nn.Module
+
+    def loss(self, step: int, rng: torch.Generator) -> Losses: ...
+
+    def report(self, network: nn.Module, folder: Path, step: int) -> str: ...
+
+    def export(self, network: nn.Module, folder: Path) -> None: ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """steps: length of the whole run. minutes: stop, with a checkpoint, after so long; 0 never stops early."""
+
+    out: Path
+    steps: int
+    rate: float
+    seed: int = 0
+    minutes: float = 0
+    resume: bool = False
+    every: int = 500
+    average: float = 0.999
+    decay: float = 0.01
+    ease: float = 0.3  # last part of the run in which the learning rate falls linearly to almost nothing
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    """Linear warm-up over 100 steps, flat, then linearly down to 2 % over the last `ease` of the run.
+
+    A flat middle lets a longer run take over from an earlier checkpoint.
+    """
+    left = (settings.steps - step) / max(1.0, settings.ease * settings.steps)
+    return settings.rate * min(1.0, (step + 1) / 100, max(0.02, left))
+
+
+def generator(seed: int, step: int) -> torch.Generator:
+    """The random numbers of one step."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+@torch.no_grad()
+def _blend(average: nn.Module, network: nn.Module, weight: float) -> None:
+    ours, theirs = list(average.parameters()), list(network.parameters())
+    torch._foreach_lerp_(ours, theirs, weight)
+    for mine, its in zip(average.buffers(), network.buffers(), strict=True):
+        mine.copy_(its)
+
+
+def save_atomically(state: object, path: Path) -> None:
+    """Writes beside `path`, then renames: a kill leaves the old file or the new one."""
+    beside = path.with_suffix(".partial")
+    torch.save(state, beside)
+    os.replace(beside, path)
+
+
+def train(task: Task, settings: Settings) -> nn.Module:
+    """Runs to `settings.steps` or `settings.minutes` and returns the averaged network.
+
+    In `settings.out`: checkpoint.pt, report-*.png (what `task.report` draws), log.txt, and what `task.export` writes.
+    Raises FileExistsError if there is a checkpoint and `resume` is off, FileNotFoundError if there is none and it is on.
+    """
+    settings.out.mkdir(parents=True, exist_ok=True)
+    checkpoint, log = settings.out / "checkpoint.pt", settings.out / "log.txt"
+    if checkpoint.exists() != settings.resume:
+        if settings.resume:
+            raise FileNotFoundError(f"nothing to resume: {checkpoint} does not exist")
+        raise FileExistsError(f"{checkpoint} exists: pass --resume to go on with it, or another --out")
+    torch.set_flush_denormal(True)  # else steps on a CPU slow down as moments of dead weights fade
+    network = task.network.train()
+    device = next(network.parameters()).device
+    average = deepcopy(network).requires_grad_(False).eval()
+    # Gains and biases are not decayed: they hold scales, not complexity.
+    groups = [
+        {"params": [p for p in network.parameters() if p.ndim > 1], "weight_decay": settings.decay},
+        {"params": [p for p in network.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.99), fused=True)
+    first = 0
+    if settings.resume:
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        network.load_state_dict(state["network"])
+        average.load_state_dict(state["average"])
+        optimiser.load_state_dict(state["optimiser"])
+        first = state["step"]
+
+    def save(step: int) -> None:
+        state = {"network": network.state_dict(), "average": average.state_dict(), "step": step}
+        save_atomically(state | {"optimiser": optimiser.state_dict()}, checkpoint)
+        line = f"step {step}: {task.report(average, settings.out, step)}"
+        print(line, flush=True)
+        with log.open("a") as file:
+            file.write(line + "\n")
+
+    start, done = time.monotonic(), first
+    with _progress() as show:
+        for step in show(range(first, settings.steps)):
+            rng = generator(settings.seed, step)
+            torch.manual_seed(rng.initial_seed())  # dropout, if any
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(step, settings)
+            losses = task.loss(step, rng)
+            total = torch.stack(list(losses.values())).sum()
+            if not torch.isfinite(total):
+                raise FloatingPointError(f"the loss at step {step} is {total.item()}; the last checkpoint is good")
+            optimiser.zero_grad(set_to_none=True)
+            total.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimiser.step()
+            _blend(average, network, 1 - min(settings.average, (step + 1) / (step + 10)))
+            done = step + 1
+            show.tell(step, {name: float(value.detach()) for name, value in losses.items()}, log)
+            spent = (time.monotonic() - start) / 60
+            if done % settings.every == 0 and done < settings.steps:
+                save(done)
+            if settings.minutes and spent >= settings.minutes:
+                break
+    save(done)
+    task.export(average, settings.out)
+    return average
+
+
+class _progress:
+    """A progress bar with a moving average of the losses; a line to the log every 50 steps."""
+
+    def __enter__(self) -> "_progress":
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.bar = Progress(*columns, TimeRemainingColumn())
+        self.bar.start()
+        self.means: dict[str, float] = {}
+        self.clock = time.monotonic()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, steps: range) -> Iterator[int]:
+        self.line = self.bar.add_task("training", total=steps.stop, completed=steps.start)
+        for step in steps:
+            yield step
+            self.bar.advance(self.line)
+
+    def tell(self, step: int, losses: dict[str, float], log: Path) -> None:
+        for name, value in losses.items():
+            self.means[name] = self.means.get(name, value) * 0.98 + value * 0.02
+        text = "  ".join(f"{name} {value:.4f}" for name, value in self.means.items())
+        self.bar.update(self.line, description=text)
+        if step % 50 == 49:
+            now = time.monotonic()
+            with log.open("a") as file:
+                file.write(f"{step + 1}: {text}  ({(now - self.clock) / 50:.2f} s/step)\n")
+            self.clock = now

@@ -1,0 +1,203 @@
+"""glyph-sd: a small Stable Diffusion on the glyph world."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from attnctl.glyph.scenes import Renderer, Scene
+from attnctl.glyph.tokenizer import build_tokenizer
+from attnctl.glyph.train.autoencoder import pixels, sheet
+from attnctl.glyph.train.grounding import MapScore, coverage, eager, grounding_loss, map_test, owners
+from attnctl.glyph.train.loop import Losses
+from attnctl.glyph.words import CONCEPTS
+
+WIDTH = 128
+PROMPTS = (
+    "a cat", "a red car", "a black bench", "a purple apple",
+    "a cat and a dog", "a bear and a mouse", "a lion and a frog", "a horse and a turtle",
+    "a bird and a yellow suitcase", "a monkey with a crown", "a green chair and a pink bowl", "a red balloon and a blue bow",
+)  # fmt: skip
+"""What the report pictures while training."""
+
+
+def new_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's noise, with v-prediction, which stays well-behaved at the noisy end."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+    )
+
+
+def new_text_encoder() -> CLIPTextModel:
+    """Token and position embeddings without a layer: a word's meaning sits in its own token.
+
+    A contextual encoder trained together with the UNet puts the sentence into any token, and the maps of all words
+    become one map.
+    """
+    tokenizer = build_tokenizer()
+    model = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            num_hidden_layers=0,
+            num_attention_heads=4,
+            projection_dim=WIDTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    # Equal shares of the normalised sum, so that a word can be found by its place as well as by its name.
+    for table in model.get_input_embeddings(), _positions(model):
+        nn.init.normal_(table.weight, std=0.02)
+    return model
+
+
+def _positions(model: CLIPTextModel) -> nn.Embedding:
+    return next(m for name, m in model.named_modules() if name.endswith("position_embedding"))  # type: ignore[return-value]
+
+
+def new_unet(channels: int) -> UNet2DConditionModel:
+    """Cross-attention at 16 x 16, 8 x 8 and 4 x 4, four heads everywhere."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(64, 96, 160),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,  # diffusers' name for the number of heads
+        norm_num_groups=16,
+    )
+
+
+def _batches(scenes: int, seed: int, size: int = 64) -> Iterator[list[Scene]]:
+    render = Renderer(stream=3)
+    for first in track(range(0, scenes, size), description="drawing and encoding scenes"):
+        yield [render.scene(seed * 10_000_000 + k) for k in range(first, min(first + size, scenes))]
+
+
+class Denoising:
+    """v-prediction with min-SNR weights (gamma 5), captions dropped in one row of ten, and a grounding loss."""
+
+    def __init__(
+        self, vae: Path, scenes: int, seed: int, device: str, cache: Path, grounding: float = 0.05, batch: int = 32
+    ) -> None:
+        self.vae: AutoencoderKL = AutoencoderKL.from_pretrained(vae).to(device).eval().requires_grad_(False)
+        self.device, self.grounding, self.batch = device, grounding, batch
+        self.tokenizer, self.scheduler = build_tokenizer(), new_scheduler()
+        self.alphas = self.scheduler.alphas_cumprod.to(device)
+        self.data = self._data(scenes, seed, cache)
+        self.empty = owners(self.tokenizer, [""])[0].to(device)
+        held_out = [Renderer(stream=4).scene(k, "held_out", 2) for k in range(64)]
+        self.held_out = self._encode(held_out)
+        torch.manual_seed(seed)
+        parts = {"unet": new_unet(self.vae.config.latent_channels), "text": new_text_encoder()}
+        self.network: nn.Module = nn.ModuleDict(parts).to(device).to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def _encode(self, scenes: list[Scene]) -> dict[str, Tensor]:
+        images = pixels(np.stack([scene.image for scene in scenes])).to(self.device)
+        latents = self.vae.encode(images).latent_dist.mode() * self.vae.config.scaling_factor
+        ids, owner = owners(self.tokenizer, [scene.caption for scene in scenes])
+        masks = torch.stack([coverage(scene) for scene in scenes])
+        return {"latents": latents.half().cpu().contiguous(), "ids": ids.short(), "owner": owner.to(torch.int8), "masks": masks.half()}
+
+    def _data(self, scenes: int, seed: int, cache: Path) -> dict[str, Tensor]:
+        """Latents, token ids, owners and masks of all training scenes; kept on disk, as drawing takes minutes."""
+        file = cache / f"scenes-{scenes}-{seed}.safetensors"
+        if not file.exists():
+            parts = [self._encode(batch) for batch in _batches(scenes, seed)]
+            cache.mkdir(parents=True, exist_ok=True)
+            save_file({key: torch.cat([part[key] for part in parts]) for key in parts[0]}, file)
+        return load_file(file)
+
+    def _noised(self, latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The noisy latents and the velocity to predict."""
+        alpha, sigma = self.alphas[t].sqrt()[:, None, None, None], (1 - self.alphas[t]).sqrt()[:, None, None, None]
+        return alpha * latents + sigma * noise, alpha * noise - sigma * latents
+
+    def loss(self, step: int, rng: torch.Generator) -> Losses:
+        which = torch.randint(len(self.data["ids"]), (self.batch,), generator=rng)
+        rows = {key: value[which].to(self.device) for key, value in self.data.items()}
+        # Evenly spread over the noise levels, which makes the loss of a batch less noisy.
+        spread = (torch.arange(self.batch) + torch.rand(self.batch, generator=rng)) / self.batch
+        t = (spread * len(self.alphas)).long().to(self.device)
+        noise = torch.randn(rows["latents"].shape, generator=rng).to(self.device)
+        dropped = (torch.rand(self.batch, generator=rng) < 0.1).to(self.device)
+        ids = torch.where(dropped[:, None], self.empty, rows["ids"].long())
+        owner = rows["owner"].long().masked_fill(dropped[:, None], -1)
+        noisy, velocity = self._noised(rows["latents"].float(), noise, t)
+        with eager(self.network["unet"]) as attention:  # type: ignore[index]
+            text = self.network["text"](ids).last_hidden_state  # type: ignore[index]
+            got = self.network["unet"](noisy.contiguous(memory_format=torch.channels_last), t, text).sample  # type: ignore[index]
+        snr = self.alphas[t] / (1 - self.alphas[t])
+        squared = F.mse_loss(got, velocity, reduction="none").mean((1, 2, 3))
+        losses = {"velocity": (squared * snr.clamp(max=5) / (snr + 1)).mean()}
+        if self.grounding:
+            # Where hardly anything is left of the scene, nobody can know where a thing is.
+            certainty = self.alphas[t].sqrt()
+            ground = grounding_loss(attention.maps, owner, rows["masks"].float(), certainty)
+            losses["grounding"] = self.grounding * ground
+        return losses
+
+    @torch.no_grad()
+    def map_score(self, network: nn.Module, t: int) -> MapScore:
+        """The map test on held-out two-thing scenes noised to `t`."""
+        data = self.held_out
+        latents = data["latents"].float().to(self.device)
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(t)).to(self.device)
+        times = torch.full((len(latents),), t, device=self.device)
+        text = network["text"](data["ids"].long().to(self.device)).last_hidden_state  # type: ignore[index]
+        with eager(network["unet"]) as attention:  # type: ignore[index]
+            network["unet"](self._noised(latents, noise, times)[0], times, text)  # type: ignore[index]
+        pieces = {i for word in CONCEPTS for i in self.tokenizer(word).input_ids[1:-1]}
+        nouns = torch.isin(data["ids"].long(), torch.tensor(sorted(pieces)))
+        maps = [site.cpu() for site in attention.maps[16]]
+        return map_test(maps, data["owner"].long(), nouns, data["masks"].float())
+
+    def pipeline(self, network: nn.Module) -> StableDiffusionPipeline:
+        pipe = StableDiffusionPipeline(
+            unet=network["unet"],  # type: ignore[index]
+            vae=self.vae,
+            text_encoder=network["text"],  # type: ignore[index]
+            tokenizer=self.tokenizer,
+            scheduler=self.scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def report(self, network: nn.Module, folder: Path, step: int) -> str:
+        seeds = [torch.Generator().manual_seed(k) for k in range(len(PROMPTS))]
+        images = self.pipeline(network)(
+            list(PROMPTS), num_inference_steps=20, guidance_scale=5.0, generator=seeds, output_type="np"
+        ).images
+        sheet((images * 255).round().astype(np.uint8), 4).save(folder / f"report-{step:06d}.png")
+        scores = {t: self.map_score(network, t) for t in (300, 500, 700)}
+        return "pointing / own share " + ", ".join(
+            f"t={t}: {score.pointing:.1%} / {score.share:.2f}" for t, score in scores.items()
+        )
+
+    def export(self, network: nn.Module, folder: Path) -> None:
+        """Writes folder/glyph-sd, in half precision."""
+        self.pipeline(network.to("cpu")).to(torch.float16).save_pretrained(folder / "glyph-sd")
