@@ -72,7 +72,7 @@ class Recipe:
     def differences(self, versions: dict[str, str], weights: str) -> list[str]:
         """What is not as it was when the picture was drawn, one line each."""
         lines = [
-            f"drawn with {name} {was}, redrawn with {versions.get(name, 'none')}"
+            f"drawn with {name} {was}, redrawn with {name} {versions.get(name)}"
             for name, was in self.versions.items()
             if versions.get(name) != was
         ]
