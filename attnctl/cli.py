@@ -57,7 +57,7 @@ def main() -> None:
             raise  # a bug: its traceback is wanted
         said = error.format_message()  # nothing where the help has been shown instead
         code = _complain(f"{said} (attnctl --help shows how)") if said else 2
-    sys.exit(code)
+    sys.exit(code or 0)
 
 
 def _complain(line: str) -> int:

@@ -10,10 +10,22 @@ from attnctl import recipe as recipes
 from attnctl.recipe import Recipe, RecipeError, pixel_hash, read, save, weights_hash
 
 RECIPE = Recipe(
-    model="glyph-sd", weights="w", prompt="a cät “and” a dog", negative=None, seed=2**40, steps=20, width=128,
-    height=96, guidance=5.0, controls=("segregation(cat, dog)",), maps=("cat",), device="cpu", dtype="float32", threads=2,
+    model="glyph-sd",
+    weights="w",
+    prompt="a cät “and” a dog",
+    negative=None,
+    seed=2**40,
+    steps=20,
+    width=128,
+    height=96,
+    guidance=5.0,
+    controls=("segregation(cat, dog)",),
+    maps=("cat",),
+    device="cpu",
+    dtype="float32",
+    threads=2,
     versions={"torch": "2.13.0"},
-)  # fmt: skip
+)
 
 
 def picture(colour="red"):

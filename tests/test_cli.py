@@ -1,0 +1,288 @@
+"""The command line, run in this process on a tiny pipeline in a folder."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from saved import save_tiny_sd
+
+import attnctl
+from attnctl import cli, recipe
+from attnctl.control import Control, Lane
+from attnctl.sites import select
+
+WORDS = "a cat and a dog"
+
+
+@dataclass(frozen=True)
+class Damp(Control):
+    """Damps cross-attention; checks its phrases as a real control does."""
+
+    lane = Lane.OUTPUT
+    phrases: tuple[str, ...]
+    strength: float = 0.5
+
+    def sites(self, available):
+        return select(available, "cross")
+
+    def begin(self, run):
+        return [run.tokens(phrase, 0) for phrase in self.phrases]
+
+    def attend(self, call, proceed):
+        return proceed(call) * (1 - self.strength)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny_sd(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def somewhere(tmp_path, monkeypatch):
+    """Each test in an empty folder, without a hub, with one control of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "known_controls", lambda: {"Damp": Damp})
+    return tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """run("generate", ...) -> (exit code, lines of stdout, lines of stderr)."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["attnctl", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capfd.readouterr()
+        return stop.value.code, out.splitlines(), err.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def generate(run, tiny):
+    """Draw on the tiny pipeline in two steps; the test gives the rest."""
+
+    def generate(*words, prompt=WORDS):
+        return run("generate", prompt, "--model", tiny, "--steps", 2, *words)
+
+    return generate
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------
+
+
+def test_plain_picture_says_where_it_is_and_holds_its_recipe(generate, somewhere, tiny):
+    code, out, err = generate("--seed", 3, "--size", "24x16", "--out", "deep/down")
+    assert (code, err) == (0, [])
+    (path,) = map(Path, out)
+    assert path.parent == Path("deep/down") and [path.name] == [one.name for one in (somewhere / "deep/down").iterdir()]
+    picture, known = recipe.read(path)
+    assert picture.size == (24, 16)
+    assert (known.prompt, known.seed, known.steps, known.width, known.height) == (WORDS, 3, 2, 24, 16)
+    assert (known.model, known.controls, known.shows) == (str(tiny), (), "plain")
+    assert known.guidance == 7.5 and known.device == "cpu" and known.versions["attnctl"] == attnctl.__version__
+
+
+def test_count_draws_each_seed_as_if_alone(generate):
+    _, both, _ = generate("--seed", 5, "--count", 2)
+    _, (second,), _ = generate("--seed", 6, "--out", "alone")
+    assert len(both) == 2 and Image.open(both[0]).tobytes() != Image.open(both[1]).tobytes()
+    assert Path(both[1]).name == Path(second).name
+    assert Image.open(both[1]).tobytes() == Image.open(second).tobytes()
+
+
+def test_another_request_never_overwrites(generate):
+    names = {generate(*more)[1][0] for more in ((), ("--guidance", 3), ("--negative", "x"), ("--control", "damp(cat)"))}
+    assert len(names) == 4
+
+
+def test_a_control_acts_and_zero_strength_does_not(generate):
+    def pixels(*more):
+        return recipe.read(Path(generate(*more)[1][-1]))[1].pixels
+
+    plain = pixels()
+    assert pixels("--control", "damp(cat, strength=0)") == plain
+    assert pixels("--control", "damp(cat)") != plain
+
+
+def test_compare_draws_both_and_puts_the_sheet_last(generate):
+    code, out, err = generate("--compare", "--control", "damp(cat, dog)")
+    assert (code, err) == (0, [])
+    kinds = [recipe.read(Path(path))[1].shows for path in out]
+    assert kinds == ["plain", "controlled", "comparison"]
+    plain, controlled, sheet = (Image.open(path) for path in out)
+    assert plain.tobytes() != controlled.tobytes()
+    assert sheet.width > 2 * sheet.height / 1.3
+
+
+def test_subjects_are_short_for_segregation(generate, monkeypatch):
+    monkeypatch.setattr(cli, "known_controls", lambda: {"Segregation": Damp})
+    _, out, _ = generate("--subjects", "cat, dog", "--compare")
+    assert recipe.read(Path(out[0]))[1].controls == ("segregation(cat, dog)",)
+
+
+def test_things_of_the_glyph_world_are_found_in_the_prompt():
+    assert cli._glyph_things("a cat and a red car") == ["cat", "car"]
+    assert cli._glyph_things("a cat, a cat and a painting") == ["cat#1", "cat#2"]
+
+
+# --- reproduce --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_reproduce_draws_the_same_bits(generate, run, which):
+    _, drawn, _ = generate("--compare", "--control", "damp(cat)", "--negative", "dog", "--guidance", 2, "--seed", 9)
+    code, out, err = run("reproduce", drawn[which], "--out", "again")
+    assert (code, out[-1], err) == (0, "bit-identical", [])
+    again, known = recipe.read(Path(out[0]))
+    assert again.tobytes() == Image.open(drawn[which]).tobytes()
+    assert known.shows == ("plain", "controlled", "comparison")[which]
+
+
+def test_reproduce_tells_what_has_changed(generate, run, tmp_path, monkeypatch):
+    _, (drawn,), _ = generate()
+    other = save_tiny_sd(tmp_path / "other", seed=1)
+    monkeypatch.setattr(recipe, "installed_versions", lambda: {"attnctl": "9", "torch": "9"})
+    code, out, err = run("reproduce", drawn, "--model", other)
+    assert code == 1 and out[-1].startswith("differs: ")
+    assert any("redrawn with torch 9" in line for line in err)
+    assert any("weights" in line for line in err)
+
+
+# --- sites and judge --------------------------------------------------------------------------------------------------
+
+
+def test_sites_lists_every_site(run, tiny):
+    code, out, _ = run("sites", tiny)
+    assert code == 0
+    pipe = attnctl.load(tiny)
+    for site in attnctl.sites(pipe):
+        (line,) = [line for line in out if f" {site.name} " in line]
+        assert f" {site.kind} " in line and ("0:77" in line) == (site.kind == "cross")
+
+
+def test_sites_selects_and_gives_grids_for_a_size(run, tiny):
+    _, out, _ = run("sites", tiny, "--select", "cross", "--size", "24x16")
+    rows = [line for line in out if "attn" in line]
+    assert rows and all("attn2" in row for row in rows)
+    assert any("8x12" in row for row in rows)  # rows by columns; this autoencoder halves the size
+
+
+class Reading:
+    def __init__(self, width):
+        self.width = width
+
+    def to_json(self):
+        return {"width": self.width}
+
+
+def test_judge_prints_json(run, monkeypatch, tmp_path):
+    import types
+
+    read = types.SimpleNamespace(read=lambda pictures: [Reading(picture.width) for picture in pictures])
+    fake = types.ModuleType("attnctl.glyph.judge")
+    fake.load = lambda: read  # type: ignore[attr-defined]
+    import attnctl.glyph
+
+    monkeypatch.setitem(sys.modules, "attnctl.glyph.judge", fake)
+    monkeypatch.setattr(attnctl.glyph, "judge", fake, raising=False)
+    for width in (8, 9):
+        Image.new("L", (width, 8)).save(f"{width}.png")
+    code, out, _ = run("judge", "8.png", "9.png")
+    assert code == 0
+    assert json.loads("\n".join(out)) == [{"image": "8.png", "width": 8}, {"image": "9.png", "width": 9}]
+
+
+# --- bad input: one clear line, exit code 2, nothing left behind ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model", "nonesuch"], "unknown model 'nonesuch'"),
+        (["--size", "25x16"], "size 25x16: both sides must be positive multiples of 2"),
+        (["--size", "16"], "--size 16: write it as WIDTHxHEIGHT"),
+        (["--size", "0x16"], "size 0x16"),
+        (["--control", "nonesuch(cat)"], "unknown control 'nonesuch'; there are: damp(*phrases, strength=0.5)"),
+        (["--control", "damp(cat, weight=1)"], "there is no setting 'weight'; it is written damp("),
+        (["--control", "damp(cat, strength=strong)"], "strength = strong does not fit"),
+        (["--control", "damp(lion)"], "'lion'"),
+        (["--compare"], "--compare has nothing to compare with"),
+        (["--subjects", "cat"], "at least two phrases"),
+        (["--subjects", "cat, dog", "--control", "damp(cat)"], "give one of the two"),
+        (["--steps", "0"], "--steps 0: at least 1"),
+        (["--count", "0"], "--count 0: at least 1"),
+        (["--count", "many"], "valid integer"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--guidance", "nan"], "--guidance nan"),
+        (["--device", "quantum"], "device 'quantum' cannot be used here"),
+        (["--dtype", "int8"], "unknown dtype 'int8'"),
+        (["--nonesuch"], "No such option: --nonesuch"),
+        (["--out", "file/below"], "--out file/below: "),
+    ],
+)
+def test_bad_request(generate, somewhere, words, said):
+    (somewhere / "file").write_text("in the way")
+    code, out, err = generate(*words)
+    assert (code, out, len(err)) == (2, [], 1), err
+    assert err[0].startswith("attnctl: ") and said in err[0]
+    assert [path.name for path in somewhere.iterdir()] == ["file"]
+
+
+def test_empty_prompt(generate):
+    assert generate(prompt=" ") == (2, [], ["attnctl: the prompt is empty"])
+
+
+def test_half_written_model(generate, tiny, somewhere, tmp_path_factory):
+    import shutil
+
+    broken = shutil.copytree(tiny, tmp_path_factory.mktemp("broken") / "model")
+    weights = broken / "unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    code, out, err = generate("--model", broken)
+    assert (code, out, len(err)) == (2, [], 1)
+    assert f"{weights} is cut short" in err[0]
+    assert list(somewhere.iterdir()) == []
+
+
+def test_sliced_pipeline(generate, somewhere, monkeypatch):
+    from attnctl import loading
+
+    def load_sliced(model, **options):
+        pipe = load(model, **options)
+        pipe.enable_attention_slicing(1)
+        return pipe
+
+    load = loading.load
+    monkeypatch.setattr(loading, "load", load_sliced)
+    code, out, err = generate("--control", "damp(cat)")
+    assert (code, out, len(err)) == (2, [], 1)
+    assert "Sliced" in err[0] or "sliced" in err[0]
+    assert list(somewhere.iterdir()) == []
+
+
+def test_a_picture_that_is_not_ours(run, somewhere):
+    Image.new("RGB", (8, 8)).save("bare.png")
+    assert run("reproduce", "bare.png")[0] == 2
+    code, out, err = run("reproduce", "none.png", "--out", "again")
+    assert (code, out, err) == (2, [], ["attnctl: cannot read none.png: there is no such file"])
+    assert [path.name for path in somewhere.iterdir()] == ["bare.png"]
+
+
+def test_a_bug_keeps_its_traceback(run, monkeypatch):
+    monkeypatch.setattr(cli, "_checked", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("generate", "a cat")
+
+
+def test_help_and_version_import_nothing_heavy(somewhere):
+    script = "import sys; from attnctl.cli import main\ntry: main()\nexcept SystemExit as stop: code = stop.code\n"
+    script += "print(code, sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
+    for words in (["--help"], ["generate", "--help"], ["--version"], ["generate", "a cat", "--size", "1"]):
+        done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, cwd=somewhere)
+        assert done.stdout.splitlines()[-1] == ("2 []" if words[-1] == "1" else "0 []"), done.stderr
