@@ -4,7 +4,7 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -76,12 +76,11 @@ def draw(
     settings["generator"] = torch.Generator("cpu").manual_seed(recipe.seed)
     watch = _maps_control(recipe.maps)
     try:
-        with (
-            _steps_shown(pipe, bar, label),
-            attach(pipe, *controls, *watch) if controls or watch else nullcontext() as run,
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(_steps_shown(pipe, bar, label))
+            run = stack.enter_context(attach(pipe, *controls, *watch)) if controls or watch else None
             picture = pipe(**settings).images[0]
-            maps = {word: run.maps.overlay(word, picture) for word in recipe.maps}
+            maps = {word: run.maps.overlay(word, picture) for word in recipe.maps} if run else {}
     except AttnctlError:
         raise
     except torch.OutOfMemoryError as error:

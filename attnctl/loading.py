@@ -202,7 +202,9 @@ def _check_safetensors(path: Path) -> None:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length <= size else None
+            if length > size:
+                raise ValueError("the header does not fit")
+            header = json.loads(file.read(length))
         ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
         whole = size == 8 + length + max(ends, default=0)
     except (struct.error, ValueError, AttributeError, KeyError, TypeError):

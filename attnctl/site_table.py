@@ -20,7 +20,7 @@ def site_rows(pipe: "DiffusionPipeline", selection: Selection, size: tuple[int, 
     family, denoiser = family_of(pipe)
     width, height = size or default_size(pipe, denoiser)
     latent = height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for site in select(discover(pipe), selection):
         grid = None if site.factor is None else site.grid(*latent)
         rows.append(
