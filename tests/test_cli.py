@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import tiny as pipelines
 from PIL import Image
-from saved import save_tiny_sd
 
 import attnctl
 from attnctl import cli, recipe
@@ -38,7 +38,9 @@ class Damp(Control):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return save_tiny_sd(tmp_path_factory.mktemp("models") / "tiny")
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    pipelines.sd1().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -146,9 +148,11 @@ def test_reproduce_draws_the_same_bits(generate, run, which):
 
 def test_reproduce_tells_what_has_changed(generate, run, tmp_path, monkeypatch):
     _, (drawn,), _ = generate()
-    other = save_tiny_sd(tmp_path / "other", seed=1)
+    other = pipelines.sd1()
+    other.unet.conv_in.bias.data += 1
+    other.save_pretrained(tmp_path / "other")
     monkeypatch.setattr(recipe, "installed_versions", lambda: {"attnctl": "9", "torch": "9"})
-    code, out, err = run("reproduce", drawn, "--model", other)
+    code, out, err = run("reproduce", drawn, "--model", tmp_path / "other")
     assert code == 1 and out[-1].startswith("differs: ")
     assert any("redrawn with torch 9" in line for line in err)
     assert any("weights" in line for line in err)

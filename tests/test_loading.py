@@ -4,8 +4,8 @@ import json
 import shutil
 
 import pytest
+import tiny
 import torch
-from saved import save_tiny_sd
 
 import attnctl
 from attnctl.errors import AttnctlError
@@ -14,7 +14,9 @@ from attnctl.loading import MODELS, ModelError, check_folder, embedded
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    return save_tiny_sd(tmp_path_factory.mktemp("models") / "tiny")
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny.sd1().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
