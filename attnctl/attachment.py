@@ -42,12 +42,11 @@ class Attachment:
     Attributes:
         pipe: the pipeline.
         controls: in list order, outermost first.
-        run: the latest pipeline call while attached; None before the first.
     """
 
     def __init__(self, pipe: Any, controls: tuple[Control, ...], prompt: str | list[str] | None) -> None:
         self.pipe, self.controls, self.prompt = pipe, controls, prompt
-        self.run: Run | None = None
+        self.latest: Run | None = None  # the latest pipeline call; set as it begins
         self._wiring: Wiring | None = Wiring.of(pipe)
         available = tuple(self._wiring.sites.values())
         self.selected: tuple[tuple[Site, ...], ...] = tuple(control.sites(available) for control in controls)
@@ -71,6 +70,17 @@ class Attachment:
         self.release()
 
     @property
+    def run(self) -> Run:
+        """The latest pipeline call while attached.
+
+        Raises:
+            ControlError: there was none.
+        """
+        if self.latest is None:
+            raise ControlError("nothing was drawn yet: call the pipeline while the controls are attached")
+        return self.latest
+
+    @property
     def maps(self) -> Any:
         """The maps of the latest pipeline call, from the attached `TokenMaps`.
 
@@ -80,8 +90,6 @@ class Attachment:
         control = next((c for c in self.controls if type(c).__name__ == "TokenMaps"), None)
         if control is None:
             raise ControlError("there are no maps: attach a TokenMaps() control to record them")
-        if self.run is None:
-            raise ControlError("there are no maps yet: call the pipeline first")
         return self.run.state(control)
 
     @property
@@ -89,12 +97,12 @@ class Attachment:
         """What this attachment does and has done."""
         seats = self._wiring.seats if self._wiring else {}
         return Report(
-            family=self.run.family.name if self.run else "",
+            family=self.latest.family.name if self.latest else "",
             sites=tuple(
                 (type(control).__name__, tuple(site.name for site in sites))
                 for control, sites in zip(self.controls, self.selected, strict=True)
             ),
-            calls=self.run.calls if self.run else 0,
+            calls=self.latest.calls if self.latest else 0,
             foreign=tuple(name for name, seat in seats.items() if not seat.in_place()),
         )
 

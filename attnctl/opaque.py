@@ -32,7 +32,8 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """A controlled attention call; arguments as the processor made it, plus the site's handle."""
     owner = _handlers[int(handle)]
-    options = owner.compiled_options() if dispatched else None
+    own = owner.ours
+    options = {"backend": own._attention_backend, "parallel_config": own._parallel_config} if dispatched else None
     out = owner.attend(query, key, value, mask, dropout, causal, scale, gqa, options, index).contiguous()
     inputs = {x.untyped_storage().data_ptr() for x in (query, key, value)}
     return out.clone() if out.untyped_storage().data_ptr() in inputs else out  # an operator may not return its input

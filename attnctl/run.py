@@ -70,27 +70,9 @@ class Run:
         Raises:
             PhraseError: the phrase is in none of the prompts the tokenizers read, or was cut off; names what there is.
         """
-        from .prompts import find
+        from .prompts import positions, streams
 
-        found: set[int] = set()
-        trouble: PhraseError | None = None
-        for stream in self.family.streams:
-            tokenizer = getattr(self.pipe, stream.tokenizer, None)
-            if tokenizer is None:
-                continue
-            text = self.texts.get(stream.prompt, self.prompts)[image]
-            if hasattr(self.pipe, "maybe_convert_prompt"):  # textual inversion: one word may stand for several tokens
-                text = self.pipe.maybe_convert_prompt(text, tokenizer)
-            rows = self.max_sequence_length if isinstance(stream.rows, str) else stream.rows
-            try:
-                found.update(
-                    stream.offset + i for i in find(tokenizer, text, phrase, rows or tokenizer.model_max_length)
-                )
-            except PhraseError as error:
-                trouble = trouble or error
-        if not found:
-            raise trouble or PhraseError(f"the pipeline has no tokenizer to find {phrase!r} with")
-        return sorted(found)
+        return positions(streams(self, image), phrase)
 
     def state(self, control: Control) -> Any:
         """What the control's `begin` returned for this run."""

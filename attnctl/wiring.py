@@ -24,7 +24,7 @@ from .errors import AttnctlError, BusyError, ControlError, UnsupportedProcessorE
 from .families import Family, family_of, unwrap
 from .patch import Patch
 from .run import Run, Sample, Step
-from .seam import Core, Seat, attentions, reachable
+from .seam import Kernel, Seat, attentions, reachable
 from .sites import Site
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ class Wiring:
             run = self.run = calls.start_run(family, self.pipe, self.model, arguments, heard, given)
             self.solved = 0
         for attachment in self.attachments:
-            attachment.run = run
+            attachment.latest = run
         extra = arguments.get("skip_layers") is not None
         rows = calls.rows_of(family, self.pipe, raw.shape[0], run.images, self.branch and self.branch[0], extra)
         first = rows.cond is not None and not extra
@@ -283,27 +283,30 @@ class Wiring:
 
     # --- attention ----------------------------------------------------------------------------------------------------
 
-    def _attend(self, site: Site, core: Core) -> Tensor:
+    def _attend(
+        self, site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None, index: int,
+        kernel: Kernel,
+    ) -> Tensor:  # fmt: skip
         step = self.watching.step if self.watching else self.acting
-        if core.index or step is None:
-            return core.run(core.q, core.k, core.v, core.bias, core.scale)
+        if index or step is None:
+            return kernel(q, k, v, bias, scale)
         grid = site.grid(*step.run.latent_size) if site.factor is not None else (0, 0)
-        text, image = site.layout(grid, core.q.shape[2], core.k.shape[2], step.text_rows)
-        call = AttentionCall(core.q, core.k, core.v, core.bias, core.scale, site, step, core.index, grid, text, image)
+        text, image = site.layout(grid, q.shape[2], k.shape[2], step.text_rows)
+        call = AttentionCall(q, k, v, bias, scale, site, step, index, grid, text, image)
         if self.watching:
             self.watching.see(call)
-            return core.run(core.q, core.k, core.v, core.bias, core.scale)
+            return kernel(q, k, v, bias, scale)
         chain = self.chains[site.name]
         if step.extra:
             chain = tuple(control for control in chain if control.lane is not Lane.MAPS)
 
         def proceed(position: int, call: AttentionCall) -> Tensor:
             if position == len(chain):
-                return core.run(call.q, call.k, call.v, call.bias, call.scale)
+                return kernel(call.q, call.k, call.v, call.bias, call.scale)
             return chain[position].attend(call, partial(proceed, position + 1))
 
         out = proceed(0, call)
-        expected = (*core.q.shape[:-1], core.v.shape[-1])
+        expected = (*q.shape[:-1], v.shape[-1])
         if out.shape != expected:
             names = ", ".join(type(control).__name__ for control in chain)
             raise ControlError(f"{names} returned {tuple(out.shape)} at {site.name}, which needs {tuple(expected)}")
