@@ -122,6 +122,23 @@ def test_compare_draws_both_and_puts_the_sheet_last(generate):
     assert sheet.width > 2 * sheet.height / 1.3
 
 
+def test_maps_show_every_word_and_change_no_pixel(generate):
+    code, out, err = generate("--maps")
+    assert (code, err) == (0, [])
+    assert [recipe.read(Path(path))[1].shows for path in out] == ["plain", "maps"]
+    assert recipe.read(Path(out[0]))[1].maps == ("cat", "dog")
+    _, (bare,), _ = generate("--out", "bare")
+    assert Image.open(out[0]).tobytes() == Image.open(bare).tobytes()
+    assert Image.open(out[1]).getcolors(10_000) is None or len(Image.open(out[1]).getcolors(10_000)) > 50
+
+
+def test_maps_stand_under_both_pictures_of_a_comparison(generate):
+    damped = ("--compare", "--control", "damp(cat, dog)")
+    flat = Image.open(generate(*damped)[1][-1])
+    tall = Image.open(generate(*damped, "--maps")[1][-1])
+    assert tall.width == flat.width and tall.height > flat.height
+
+
 def test_subjects_are_short_for_segregation(generate, monkeypatch):
     monkeypatch.setattr(cli, "known_controls", lambda: {"Segregation": Damp})
     _, out, _ = generate("--subjects", "cat, dog", "--compare")
@@ -138,7 +155,9 @@ def test_things_of_the_glyph_world_are_found_in_the_prompt():
 
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_reproduce_draws_the_same_bits(generate, run, which):
-    _, drawn, _ = generate("--compare", "--control", "damp(cat)", "--negative", "dog", "--guidance", 2, "--seed", 9)
+    _, drawn, _ = generate(
+        "--compare", "--maps", "--control", "damp(cat)", "--negative", "dog", "--guidance", 2, "--seed", 9
+    )
     code, out, err = run("reproduce", drawn[which], "--out", "again")
     assert (code, out[-1], err) == (0, "bit-identical", [])
     again, known = recipe.read(Path(out[0]))
@@ -210,6 +229,7 @@ def test_judge_prints_json(run, monkeypatch, tmp_path):
     [
         (["--model", "nonesuch"], "unknown model 'nonesuch'"),
         (["--size", "25x16"], "size 25x16: both sides must be positive multiples of 2"),
+        (["--size", "26x16"], "have to be divisible by 8"),  # the pipeline's own check
         (["--size", "16"], "--size 16: write it as WIDTHxHEIGHT"),
         (["--size", "0x16"], "size 0x16"),
         (["--control", "nonesuch(cat)"], "unknown control 'nonesuch'; there are: damp(*phrases, strength=0.5)"),

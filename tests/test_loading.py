@@ -78,7 +78,7 @@ def test_file_cut_short_is_named(folder, file, kept):
     path = folder / file
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * kept)])
-    with pytest.raises(ModelError, match=str(path)):
+    with pytest.raises(ModelError, match=f"{path} (is cut short|cannot be read)"):
         attnctl.load(folder)
 
 
