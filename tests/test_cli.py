@@ -209,7 +209,7 @@ def test_judge_prints_json(run, monkeypatch, tmp_path):
 
     read = types.SimpleNamespace(read=lambda pictures: [Reading(picture.width) for picture in pictures])
     fake = types.ModuleType("attnctl.glyph.judge")
-    fake.load = lambda: read  # type: ignore[attr-defined]
+    fake.load = lambda: read
     import attnctl.glyph
 
     monkeypatch.setitem(sys.modules, "attnctl.glyph.judge", fake)
