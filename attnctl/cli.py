@@ -4,7 +4,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -189,6 +189,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
 def _control_texts(prompt: str, model: str, texts: list[str], subjects: str | None, compare: bool) -> list[str]:
     """The controls as text: those given, or segregation of the subjects, or of the glyph things in the prompt."""
     from .control_text import write_control
+    from .loading import embedded
 
     if subjects is not None:
         if texts:
@@ -199,7 +200,7 @@ def _control_texts(prompt: str, model: str, texts: list[str], subjects: str | No
         return [write_control("segregation", *phrases)]
     if texts or not compare:
         return texts
-    things = _glyph_things(prompt) if model.startswith("glyph-") else []
+    things = _glyph_things(prompt) if model in embedded() else []
     if len(things) < 2:
         raise UsageError("--compare has nothing to compare with: give --control, or --subjects 'PHRASE, PHRASE'")
     chosen = write_control("segregation", *things)
@@ -388,12 +389,21 @@ def judge(
 
 def _judged(model: str, drawings: "dict[str, Drawing]") -> list[str]:
     """What the judge sees in each picture, one line each; it knows the glyph world alone."""
-    if not model.startswith("glyph-"):
+    from .loading import embedded
+
+    if model not in embedded():
         return []
     from .glyph import judge as judges
 
     readings = judges.load().read([drawn.picture for drawn in drawings.values()])
-    return [f"{kind:<11} the judge sees {reading}" for kind, reading in zip(drawings, readings, strict=True)]
+    return [
+        f"{kind:<10}  the judge sees {_named(reading.things)}" for kind, reading in zip(drawings, readings, strict=True)
+    ]
+
+
+def _named(things: Iterable[Any]) -> str:
+    names = [f"{thing.colour} {thing.concept}" if thing.colour else thing.concept for thing in things]
+    return ", ".join(names) or "none of the things it knows"
 
 
 @app.command(no_args_is_help=True)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import tiny as pipelines
@@ -197,28 +198,48 @@ def test_sites_selects_and_gives_grids_for_a_size(run, tiny):
 
 
 class Reading:
-    def __init__(self, width):
-        self.width = width
+    """Sees two things in a picture of even width, else none."""
+
+    def __init__(self, picture):
+        self.things = [SimpleNamespace(concept="cat", colour=None), SimpleNamespace(concept="car", colour="red")]
+        self.things = self.things if picture.width % 2 == 0 else []
 
     def to_json(self):
-        return {"width": self.width}
+        return {"things": len(self.things)}
 
 
-def test_judge_prints_json(run, monkeypatch, tmp_path):
-    import types
-
-    read = types.SimpleNamespace(read=lambda pictures: [Reading(picture.width) for picture in pictures])
-    fake = types.ModuleType("attnctl.glyph.judge")
-    fake.load = lambda: read
+@pytest.fixture
+def judge(monkeypatch):
     import attnctl.glyph
 
-    monkeypatch.setitem(sys.modules, "attnctl.glyph.judge", fake)
-    monkeypatch.setattr(attnctl.glyph, "judge", fake, raising=False)
+    double = ModuleType("attnctl.glyph.judge")
+    double.load = lambda: SimpleNamespace(read=lambda pictures: [Reading(picture) for picture in pictures])
+    monkeypatch.setitem(sys.modules, "attnctl.glyph.judge", double)
+    monkeypatch.setattr(attnctl.glyph, "judge", double, raising=False)
+
+
+def test_judge_prints_json(run, judge):
     for width in (8, 9):
         Image.new("L", (width, 8)).save(f"{width}.png")
     code, out, _ = run("judge", "8.png", "9.png")
     assert code == 0
-    assert json.loads("\n".join(out)) == [{"image": "8.png", "width": 8}, {"image": "9.png", "width": 9}]
+    assert json.loads("\n".join(out)) == [{"image": "8.png", "things": 2}, {"image": "9.png", "things": 0}]
+
+
+def test_an_embedded_model_is_judged_and_its_things_are_found(run, judge, tiny, monkeypatch):
+    from attnctl import loading
+
+    monkeypatch.setattr(loading, "MODELS", tiny.parent)
+    monkeypatch.setattr(cli, "known_controls", lambda: {"Segregation": Damp})
+    code, out, err = run("generate", WORDS, "--model", "tiny", "--steps", 1, "--compare")
+    assert code == 0
+    assert out[:2] == ["plain       the judge sees cat, red car", "controlled  the judge sees cat, red car"]
+    assert err == ["attnctl: no control was given, so segregation(cat, dog) is compared with none"]
+    assert recipe.read(Path(out[-1]))[1].model == "tiny"
+
+
+def test_the_judge_may_see_nothing():
+    assert cli._named([]) == "none of the things it knows"
 
 
 # --- bad input: one clear line, exit code 2, nothing left behind ------------------------------------------------------

@@ -148,9 +148,10 @@ def test_wheel_holds_the_package_and_nothing_beside_it(built):
     wanted += ["attnctl/py.typed", *(f"attnctl/{room}/__init__.py" for room in ROOMS)]
     wanted += [f"attnctl-{attnctl.__version__}.dist-info/licenses/{name}" for name in ("LICENSE", "NOTICE")]
     assert set(wanted) <= set(names(wheel))
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "attnctl").rglob("*.py")}
-    sources |= {f"attnctl/{path.relative_to(ROOT)}" for room in ROOMS for path in (ROOT / room).rglob("*.py")}
-    assert {name for name in names(wheel) if name.endswith(".py")} == sources
+    rooms = {path: f"attnctl/{path.relative_to(ROOT)}" for room in ROOMS for path in (ROOT / room).rglob("*")}
+    ours = {path: str(path.relative_to(ROOT)) for path in (ROOT / "attnctl").rglob("*")} | rooms
+    expected = {name for path, name in ours.items() if path.is_file() and "__pycache__" not in name}
+    assert {name for name in names(wheel) if name.startswith("attnctl/") and not name.startswith(probe)} == expected
 
 
 @pytest.mark.slow
