@@ -1,4 +1,11 @@
 """Methods: one file per paper, its maths as plain functions on tensors and its `Control`.
 
-A method knows the engine (`attnctl`), no model family and no pipeline class.
+A method knows the engine (`attnctl`), no model family and no pipeline class. `Control` is here for those who write one.
 """
+
+from attnctl.control import Control
+from attnctl.maps import TokenMaps
+
+from .segregation import Segregation
+
+__all__ = ["Control", "Segregation", "TokenMaps"]

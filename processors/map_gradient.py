@@ -1,0 +1,230 @@
+"""What all controls by a loss on word maps share: differentiable maps of phrases, and the step of the latents.
+
+The recipe is that of Attend-and-Excite (Chefer et al., SIGGRAPH 2023, arXiv 2301.13826), from their formulas; what we
+changed says so. Everything here works on each image by itself, so a batch gives what its pictures give alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnctl.control import AttentionCall
+from attnctl.errors import PhraseError
+from attnctl.maps import call_maps, check_rows, join_grids
+from attnctl.prompts import TextStream, positions, text_rows
+from attnctl.run import Step
+from attnctl.sites import Site
+
+Preparation = Literal["attend-and-excite", "share", "mean"]
+
+ENOUGH = 192  # cells; 16 x 12 is the 4:3 brother of the papers' 16 x 16
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which tokens to read for which phrases, for each image.
+
+    Attributes:
+        tokens: (images, tokens) text rows; short lists are filled up with row 0.
+        real: (images, tokens), False where it was filled up.
+        members: (images, phrases, tokens), 1 where a token is part of a phrase.
+    """
+
+    tokens: Tensor
+    real: Tensor
+    members: Tensor
+
+    @property
+    def present(self) -> Tensor:
+        """(images, phrases), True where the image's prompt has the phrase."""
+        return self.members.any(dim=-1)
+
+    def to(self, device: torch.device) -> Wanted:
+        return Wanted(self.tokens.to(device), self.real.to(device), self.members.to(device))
+
+
+def wanted(texts: Sequence[tuple[TextStream, ...]], phrases: Sequence[str], whole_prompt: bool) -> Wanted:
+    """Find phrases in the prompt of each image.
+
+    Args:
+        texts: the text streams of each image.
+        phrases: an image whose prompt lacks one does without it.
+        whole_prompt: read every token of the prompts, not only those of the phrases.
+
+    Raises:
+        PhraseError: no prompt has the phrase.
+    """
+    places: list[list[list[int]]] = []  # image, phrase, rows
+    trouble: dict[str, PhraseError] = {}
+    for text in texts:
+        places.append([])
+        for phrase in phrases:
+            try:
+                places[-1].append(positions(text, phrase))
+            except PhraseError as error:
+                trouble.setdefault(phrase, error)
+                places[-1].append([])
+    for column, phrase in enumerate(phrases):
+        if not any(image[column] for image in places):
+            raise trouble[phrase]
+    rows = [
+        text_rows(text) if whole_prompt else sorted({row for found in image for row in found})
+        for text, image in zip(texts, places, strict=True)
+    ]
+    most = max(map(len, rows))
+    members = torch.zeros(len(rows), len(phrases), most)
+    for i, image in enumerate(places):
+        for j, found in enumerate(image):
+            members[i, j, [rows[i].index(row) for row in found]] = 1.0
+    tokens = torch.tensor([one + [0] * (most - len(one)) for one in rows])
+    real = torch.arange(most) < torch.tensor([len(one) for one in rows])[:, None]
+    return Wanted(tokens, real, members)
+
+
+def default_sites(sites: Sequence[Site]) -> tuple[Site, ...]:
+    """Candidates for reading maps: all cross sites; where there are none, the middle third of the joint ones (ours)."""
+    cross = tuple(site for site in sites if site.kind == "cross")
+    joint = tuple(site for site in sites if site.kind == "joint")
+    third = len(joint) // 3
+    return cross or joint[third : len(joint) - third]
+
+
+def coarsest(sites: Sequence[Site], latent_size: tuple[int, int]) -> tuple[Site, ...]:
+    """The sites of the coarsest grid that still has 192 cells; if none has, of the finest.
+
+    At 512 x 512 these are Attend-and-Excite's 16 x 16 sites of SD 1, at 1024 x 1024 the 32 x 32 ones of SDXL; the rule
+    that extends their choice to other sizes is ours.
+    """
+
+    def cells(site: Site) -> int:
+        height, width = site.grid(*latent_size)
+        return height * width
+
+    counts = {cells(site) for site in sites}
+    best = min((count for count in counts if count >= ENOUGH), default=max(counts, default=0))
+    return tuple(site for site in sites if cells(site) == best)
+
+
+def read_maps(step: Step, latents: Tensor, sites: Sequence[Site], tokens: Tensor) -> Tensor:
+    """Probabilities of tokens in an extra forward with these latents; differentiable in the latents.
+
+    Args:
+        step: the denoiser call under way.
+        latents: unscaled, like `step.latents`.
+        sites: where to read; several grids are averaged on the finest.
+        tokens: (images, tokens) text rows.
+
+    Returns:
+        (images, tokens, height, width), float32, mean over heads and sites.
+    """
+    sums: dict[tuple[int, int], Tensor] = {}
+
+    def see(call: AttentionCall) -> None:
+        maps = call_maps(call, slice(0, tokens.shape[0]), tokens).mean(dim=1)  # (images, cells, tokens)
+        maps = maps.mT.unflatten(-1, call.grid)
+        sums[call.grid] = sums[call.grid] + maps if call.grid in sums else maps
+
+    def checked(call: AttentionCall) -> None:
+        check_rows(call, last)
+        see(call)
+
+    last = int(tokens.max())
+    step.probe(latents, dict.fromkeys(sites, checked))
+    return join_grids(sums) / len(sites)
+
+
+def phrase_maps(maps: Tensor, wanted: Wanted, preparation: Preparation) -> Tensor:
+    """Maps of phrases from probabilities of tokens. The tokens of a phrase are summed.
+
+    Args:
+        maps: (images, tokens, height, width) probabilities, mean over heads and sites.
+        wanted: which token is part of what.
+        preparation:
+            "attend-and-excite"  softmax of 100 p over the prompt's own tokens (no start, end and padding), then a
+                                 blur: values in [0, 1], and words compete for each place;
+            "share"              each phrase's map divided by its sum, so that no word can win by fading (ours);
+            "mean"               the probabilities as they are.
+
+    Returns:
+        (images, phrases, height, width); zeros where an image does not have the phrase.
+    """
+    if preparation == "attend-and-excite":
+        real = wanted.real[:, :, None, None]
+        maps = (100 * maps).masked_fill(~real, float("-inf")).softmax(dim=1)
+    maps = torch.einsum("ithw,ipt->iphw", maps, wanted.members)
+    if preparation == "attend-and-excite":
+        return blur(maps)
+    if preparation == "share":
+        return maps / maps.sum(dim=(-2, -1), keepdim=True).clamp_min(1e-8)
+    return maps
+
+
+def blur(maps: Tensor) -> Tensor:
+    """The 3 x 3 Gaussian of Attend-and-Excite's code, reflected at the borders; its true sigma is 0.5 ** 0.5.
+
+    Args:
+        maps: (images, phrases, height, width), both sides at least 2.
+    """
+    line = torch.tensor([-1.0, 0.0, 1.0], dtype=maps.dtype, device=maps.device).square().neg().exp()
+    kernel = torch.outer(line, line) / line.sum().square()
+    padded = F.pad(maps.flatten(0, 1)[:, None], (1, 1, 1, 1), mode="reflect")
+    return F.conv2d(padded, kernel[None, None]).view(maps.shape)
+
+
+def step_size(position: int, steps: int) -> float:
+    """Attend-and-Excite's step of the latents: 20 at the first of `steps` positions, falling to 20 * sqrt(0.5).
+
+    Meant for latents of unit variance (DDIM and its kin). A sampler whose latents have variance 1 + sigma^2 (Euler,
+    LMS, Heun) needs (1 + sigma^2) times as much, because the gradient passes the scaling once and the step once more.
+    """
+    return 20.0 * (1.0 - 0.5 * position / max(steps - 1, 1)) ** 0.5
+
+
+def gradients(losses: Tensor, latents: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of each image's loss with respect to its own latents.
+
+    Args:
+        losses: (images,).
+        latents: (images, ...), a leaf of the graph.
+        scale: (images,) powers of two; losses are multiplied by them on the way through a half-precision model, so that
+            small gradients survive, and gradients are divided by them after.
+
+    Returns:
+        (gradient shaped like latents, (images,) True where it is finite); where it is not, the gradient is zero.
+    """
+    gradient = torch.autograd.grad((losses * scale).sum(), latents)[0] / _rows(scale, latents)
+    finite = gradient.flatten(1).isfinite().all(dim=1)
+    return torch.where(_rows(finite, gradient), gradient, 0.0), finite
+
+
+def descend(latents: Tensor, gradient: Tensor, size: float, relative: bool, keep_norm: bool = False) -> Tensor:
+    """One step down the gradient.
+
+    Args:
+        latents: (images, ...).
+        gradient: of the same shape; an image whose gradient is zero stays what it was, bit for bit.
+        size: factor of the gradient, or, if `relative`, length of the step as a share of the length of the latents.
+        keep_norm: give each image back the length it had.
+    """
+    length, slope = _length(latents), _length(gradient)
+    if relative:
+        size = size * length / slope.clamp_min(torch.finfo(slope.dtype).tiny)  # type: ignore[assignment]
+    moved = latents - size * gradient
+    if keep_norm:
+        moved = moved * (length / _length(moved))
+    return torch.where(slope > 0, moved, latents)
+
+
+def _length(x: Tensor) -> Tensor:
+    return _rows(x.flatten(1).norm(dim=1), x)
+
+
+def _rows(values: Tensor, like: Tensor) -> Tensor:
+    """(images,) -> (images, 1, ...), to go with a tensor of images."""
+    return values.view(-1, *[1] * (like.ndim - 1))

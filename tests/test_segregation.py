@@ -1,0 +1,246 @@
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from attnctl.errors import ControlError, NoSiteError, PhraseError
+from attnctl.processors import Segregation
+from attnctl.processors.map_gradient import (
+    blur,
+    coarsest,
+    default_sites,
+    descend,
+    gradients,
+    phrase_maps,
+    step_size,
+    wanted,
+)
+from attnctl.processors.segregation import segregation_loss
+from attnctl.prompts import TextStream
+from attnctl.sites import Site
+
+
+def fields(*rows, seed=0):
+    torch.manual_seed(seed)
+    return torch.rand(*rows, dtype=torch.float64)
+
+
+# --- the loss of the paper --------------------------------------------------------------------------------------------
+
+
+def test_hand_values():
+    a = torch.tensor([[1.0, 3.0], [0.0, 0.0]])
+    b = torch.tensor([[0.0, 0.0], [2.0, 4.0]])
+    c = torch.tensor([[1.0, 1.0], [2.0, 0.0]])
+
+    def loss(*maps):
+        return segregation_loss(torch.stack(maps)[None], [(0, 1)]).item()
+
+    assert loss(a, a) == 0.5
+    assert loss(a, b) == 0
+    assert loss(a, c) == pytest.approx((1 + 1) / (4 + 4))
+    assert loss(a, c) == loss(c, a)
+    assert loss(a, 0.01 * a) == pytest.approx(0.01 / 1.01)  # why a word must not win by fading
+    assert loss(a * 0, a * 0) == 0
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_every_pair_counts_once_and_lies_between_0_and_a_half(count):
+    pairs = [(m, n) for m in range(count) for n in range(m)]
+    same = fields(1, 1, 4, 6).expand(1, count, 4, 6)
+    assert segregation_loss(same, pairs).item() == pytest.approx(0.5 * count * (count - 1) / 2)
+    one = fields(3, count, 4, 6)
+    total = segregation_loss(one, pairs)
+    assert total.shape == (3,) and (total > 0).all() and (total < 0.5 * len(pairs)).all()
+    torch.testing.assert_close(total, sum(segregation_loss(one, [pair]) for pair in pairs))
+
+
+def test_of_maps_that_sum_to_one_it_is_half_of_what_they_share():
+    maps = fields(2, 2, 5, 3)
+    maps = maps / maps.sum((-2, -1), keepdim=True)
+    variation = 0.5 * (maps[:, 0] - maps[:, 1]).abs().sum((-2, -1))
+    torch.testing.assert_close(segregation_loss(maps, [(0, 1)]), (1 - variation) / 2)
+
+
+def test_a_pair_counts_only_where_both_are_present():
+    maps = fields(3, 3, 4, 4)
+    present = torch.tensor([[True, True, True], [True, False, True], [False, False, True]])
+    got = segregation_loss(maps, [(0, 1), (0, 2)], present)
+    assert got[0] == segregation_loss(maps[:1], [(0, 1), (0, 2)])[0]
+    assert got[1] == segregation_loss(maps[1:2], [(0, 2)])[0]
+    assert got[2] == 0
+
+
+# --- preparation of maps ----------------------------------------------------------------------------------------------
+
+
+def request_for(*images, phrases=2):
+    """Wanted of images given as tuples of token counts per phrase, after two tokens of no phrase."""
+    most = max(2 + sum(image) for image in images)
+    members, real = torch.zeros(len(images), phrases, most), torch.zeros(len(images), most, dtype=torch.bool)
+    for i, image in enumerate(images):
+        at = 2
+        for j, count in enumerate(image):
+            members[i, j, at : at + count] = 1
+            at += count
+        real[i, :at] = True
+    return SimpleNamespace(members=members.double(), real=real)
+
+
+def test_the_kernel_of_attend_and_excite():
+    one = torch.zeros(1, 1, 5, 7)
+    one[0, 0, 2, 3] = 1
+    out = blur(one)[0, 0]
+    assert out.sum() == pytest.approx(1)
+    assert [round(float(out[2 + i, 3 + j]), 3) for i, j in ((0, 0), (0, 1), (1, 0), (1, 1))] == [
+        0.332,
+        0.122,
+        0.122,
+        0.045,
+    ]
+    torch.testing.assert_close(blur(torch.ones(2, 3, 4, 6)), torch.ones(2, 3, 4, 6))  # nothing is lost at the borders
+
+
+def test_attend_and_excite_lets_the_prompts_tokens_compete():
+    p = torch.full((1, 75, 4, 4), 0.2 / 74)
+    p[:, 0] = 0.05
+    request = SimpleNamespace(members=torch.zeros(1, 1, 75), real=torch.ones(1, 75, dtype=torch.bool))
+    request.members[0, 0, 0] = 1
+    got = phrase_maps(p, request, "attend-and-excite")
+    want = math.exp(5) / (math.exp(5) + 74 * math.exp(20 / 74))
+    torch.testing.assert_close(got, torch.full_like(got, want))
+    assert 0.58 < want < 0.63
+
+
+@pytest.mark.parametrize("preparation", ["attend-and-excite", "share", "mean"])
+def test_tokens_of_a_phrase_are_summed_and_fillers_ignored(preparation):
+    p = fields(2, 5, 4, 5) * 0.1
+    request = request_for((2, 1), (1, 1))
+    both = phrase_maps(p, request, preparation)
+    assert both.shape == (2, 2, 4, 5)
+    alone = request_for((1, 1))
+    torch.testing.assert_close(phrase_maps(p[1:, :4], alone, preparation), both[1:])
+    if preparation == "mean":
+        torch.testing.assert_close(both[0, 0], p[0, 2] + p[0, 3])
+    if preparation == "share":
+        torch.testing.assert_close(both.sum((-2, -1)), torch.ones(2, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("preparation", ["attend-and-excite", "share", "mean"])
+def test_gradients_equal_finite_differences(preparation):
+    p = (fields(2, 5, 4, 3) * 0.1).requires_grad_()
+    request = request_for((2, 1), (1, 1))
+    assert torch.autograd.gradcheck(
+        lambda p: segregation_loss(phrase_maps(p, request, preparation), [(0, 1)], request.members.any(-1)), p
+    )
+
+
+def test_a_phrase_an_image_does_not_have_is_no_obstacle():
+    p = fields(1, 3, 4, 4).requires_grad_()
+    request = request_for((1, 0))
+    for preparation in ("attend-and-excite", "share", "mean"):
+        maps = phrase_maps(p, request, preparation)
+        assert maps.isfinite().all() and maps[0, 1].eq(0).all()
+        loss = segregation_loss(maps, [(0, 1)], request.members.any(-1))
+        assert loss.eq(0).all() and torch.autograd.grad(loss.sum(), p)[0].isfinite().all()
+
+
+# --- the step ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_schedule_of_attend_and_excite():
+    assert [round(step_size(i, 50), 2) for i in (0, 10, 20, 24, 49)] == [20.0, 18.95, 17.84, 17.38, 14.14]
+    assert step_size(0, 1) == step_size(0, 0) == 20
+
+
+def test_each_image_gets_its_own_gradient_and_a_bad_one_is_dropped():
+    z = torch.tensor([[1.0, 2.0], [3.0, 0.0], [5.0, 6.0]], requires_grad=True)
+    losses = torch.stack([z[0].square().sum(), (z[1] / 0).sum(), 3 * z[2].sum()])
+    gradient, finite = gradients(losses, z, torch.tensor([4096.0, 1.0, 0.25]))
+    assert finite.tolist() == [True, False, True]
+    assert gradient.tolist() == [[2.0, 4.0], [0.0, 0.0], [3.0, 3.0]]
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("keep_norm", [False, True])
+def test_a_step_down(relative, keep_norm):
+    z, g = fields(3, 4, 5, 5), fields(3, 4, 5, 5, seed=1)
+    g[1] = 0
+    moved = descend(z, g, 0.1, relative, keep_norm)
+    assert torch.equal(moved[1], z[1])
+    lengths = [one.flatten(1).norm(dim=1) for one in (z, g, moved, moved - z)]
+    if keep_norm:
+        torch.testing.assert_close(lengths[2], lengths[0])
+    else:
+        torch.testing.assert_close(lengths[3][[0, 2]], 0.1 * (lengths[0] if relative else lengths[1])[[0, 2]])
+    torch.testing.assert_close(descend(z[2:], g[2:], 0.1, relative, keep_norm), moved[2:])
+
+
+# --- which sites, which tokens ----------------------------------------------------------------------------------------
+
+
+def cross(*factors):
+    return tuple(Site(f"attn{i}", "cross", 8, 40, i, factor) for i, factor in enumerate(factors))
+
+
+@pytest.mark.parametrize(
+    ("latent", "factor"),
+    [
+        ((64, 64), 4),
+        ((96, 96), 4),
+        ((64, 96), 4),
+        ((48, 64), 4),
+        ((16, 16), 1),
+        ((16, 24), 1),
+        ((8, 8), 1),
+        ((40, 40), 2),
+    ],
+)
+def test_the_default_is_the_coarsest_grid_that_still_shows_things(latent, factor):
+    sites = cross(1, 2, 4, 8, 4, 2, 1)
+    assert {site.factor for site in coarsest(sites, latent)} == {factor}
+
+
+def test_joint_models_are_read_in_the_middle():
+    def joint(n):
+        return tuple(Site(f"blocks.{i}", "joint", 24, 64, i, 2, "image-first") for i in range(n))
+
+    for count, middle in ((3, [1]), (4, [1, 2]), (24, [*range(8, 16)]), (1, [0]), (2, [0, 1])):
+        assert [site.layer for site in default_sites(joint(count))] == middle
+    own = Site("own", "self", 8, 40, 9, 1)
+    assert default_sites((own, *cross(1))) == cross(1)
+    with pytest.raises(NoSiteError):
+        Segregation("cat", "dog").sites((own,))
+
+
+def test_phrases_of_each_prompt():
+    from tiny import clip_tokenizer
+
+    tokenizer = clip_tokenizer()
+    texts = [(TextStream(tokenizer, prompt),) for prompt in ("a cat and a dog", "a red cat", "a dog and a dog")]
+    some = wanted(texts, ["cat", "dog"], whole_prompt=False)
+    assert some.present.tolist() == [[True, True], [True, False], [False, True]]
+    assert some.tokens.tolist() == [[2, 5], [3, 0], [2, 5]]
+    assert some.real.tolist() == [[True, True], [True, False], [True, True]]
+    assert some.members.tolist() == [[[1, 0], [0, 1]], [[1, 0], [0, 0]], [[0, 0], [1, 1]]]
+    every = wanted(texts, ["cat", "dog"], whole_prompt=True)
+    assert every.tokens.tolist() == [[1, 2, 3, 4, 5], [1, 2, 3, 0, 0], [1, 2, 3, 4, 5]]
+    assert every.members[0].tolist() == [[0, 1, 0, 0, 0], [0, 0, 0, 0, 1]]
+    with pytest.raises(PhraseError, match="'bird' is not in the prompt; its words are"):
+        wanted(texts, ["cat", "bird"], whole_prompt=False)
+
+
+def test_settings_out_of_range():
+    for phrases in ((), ("cat",), ("cat", "cat"), (("cat", "cat"),)):
+        with pytest.raises(ControlError, match="needs two phrases"):
+            Segregation(*phrases)
+    for settings in (
+        {"strength": -1.0}, {"strength": math.nan}, {"relative": 0.0}, {"updates": 0}, {"maps": "median"},
+        {"window": (0.5, 0.2)},
+    ):  # fmt: skip
+        with pytest.raises(ControlError):
+            Segregation("cat", "dog", **settings)
+    one = Segregation("cat", ("cat", "dog"), strength=0.5)
+    assert one.phrases == ("cat", ("cat", "dog")) and one == Segregation("cat", ("cat", "dog"), strength=0.5)
+    assert "strength=0.5" in repr(one) and hash(one)
