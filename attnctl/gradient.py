@@ -49,8 +49,8 @@ def probe(step: Step, latents: Tensor, watch: Mapping[Site, Callable[[AttentionC
     own = replace(step, rows=Rows(slice(0, count), None, count))
     watching = Watch(own, {site.name: callback for site, callback in watch.items()})
     model, family = wiring.model, step.run.family
+    wiring.freeze()
     with ExitStack() as stack:
-        stack.enter_context(frozen(model))
         stack.enter_context(uncompiled(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())

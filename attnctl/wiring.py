@@ -22,6 +22,7 @@ from . import denoiser as calls
 from .control import AttentionCall, Control, Lane, nest
 from .errors import AttnctlError, BusyError, ControlError, UnsupportedProcessorError
 from .families import Family, family_of, unwrap
+from .gradient import Watch, frozen
 from .patch import Patch
 from .run import Run, Sample, Step
 from .seam import Kernel, Seat, attentions, reachable
@@ -29,7 +30,6 @@ from .sites import Site
 
 if TYPE_CHECKING:
     from .attachment import Attachment
-    from .gradient import Watch
 
 REMEDIES = (  # part of a processor's name -> what to do about it
     ("Sliced", "call pipe.disable_attention_slicing() first"),
@@ -58,7 +58,8 @@ class Wiring:
         self.solved = 0  # calls of scheduler.step in this run
         self.acting: Step | None = None  # while the pipeline's own denoiser forward runs
         self.watching: Watch | None = None  # while a probe runs
-        self.resting = False  # while controls themselves run; a denoiser they call is a plain one
+        self.resting: ExitStack | None = None  # while controls themselves run; a denoiser they call is a plain one
+        self.frozen = False  # while a control may differentiate what a probe recorded
         self.owner: int | None = None  # the thread of the run under way
         self.branch: tuple[str, dict[str, Any], ExitStack] | None = None  # the cache_context we are in
 
@@ -317,12 +318,21 @@ class Wiring:
     @contextmanager
     def _rest(self) -> Iterator[None]:
         """Controls run: outside inference mode, so that a gradient may be taken, and without recording one."""
-        before, self.resting = self.resting, True
-        try:
-            with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+            before, self.resting = self.resting, stack
+            try:
                 yield
-        finally:
-            self.resting = before
+            finally:
+                self.resting = before
+
+    def freeze(self) -> None:
+        """Parameters ask for no gradients until the controls are done; checkpointed blocks run again in a backward."""
+        if self.resting is None:
+            raise ControlError("step.probe is for before_denoise and after_denoise")
+        if not self.frozen:
+            self.resting.enter_context(frozen(self.model))
+            self.resting.callback(setattr, self, "frozen", False)
+            self.frozen = True
 
     @contextmanager
     def watched(self, watch: Watch) -> Iterator[None]:

@@ -87,6 +87,34 @@ class Guide(Control):
         return output + self.strength * pattern(output) if self.strength else None
 
 
+@dataclass(frozen=True)
+class Descend(Identity):
+    """Moves the latents down the gradient of how much the first words are attended to."""
+
+    lane: ClassVar[Lane] = Lane.GRADIENT
+    strength: float = 1.0
+    where: Selection = ("cross", "joint")
+
+    def before_denoise(self, step: Step) -> None:
+        if not self.strength:
+            return
+        chosen = self.sites(tuple(step.wiring.sites.values()))
+        calls: list[AttentionCall] = []
+        leaf = step.latents.detach().float().requires_grad_()
+        step.probe(leaf, dict.fromkeys(chosen, calls.append))
+        with torch.enable_grad():
+            loss = torch.stack([self.loss(call) for call in calls]).sum()
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        norm = gradient.flatten(1).norm(dim=1).clamp_min(1e-12).reshape(-1, *[1] * (leaf.ndim - 1))
+        step.latents = leaf - self.strength * gradient / norm
+
+    @staticmethod
+    def loss(call: AttentionCall) -> Tensor:
+        words = call.k[:, :, call.text][:, :, 1:4].float()
+        logits = call.q[:, :, call.image].float() @ words.transpose(-1, -2) * call.q.shape[-1] ** -0.5
+        return logits.mean((1, 2, 3)).sum()
+
+
 def pattern(like: Tensor) -> Tensor:
     """A fixed smooth pattern, the same for every row."""
     return torch.linspace(-1, 1, like[0].numel(), dtype=torch.float32).sin().reshape(like[0].shape).to(like)

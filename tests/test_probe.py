@@ -1,0 +1,341 @@
+"""Step.probe: an extra forward on the conditional rows that sees what the real one sees, and leaves nothing behind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import pytest
+import tiny
+import torch
+from toys import Bias, Identity
+
+from attnctl.attachment import attach
+from attnctl.control import Control, Lane
+from attnctl.errors import ControlError
+from attnctl.sites import select
+
+
+@dataclass(frozen=True, eq=False)
+class Probe(Control):
+    """Probes at every step with the step's own latents; compares q, k, v and the gradient of a loss on them."""
+
+    lane = Lane.GRADIENT
+    where: Any = None
+    watch: Any = None
+    times: int = 1
+    seen: list[dict] = field(default_factory=list)
+    real: list[dict] = field(default_factory=list)
+    gradients: list[torch.Tensor] = field(default_factory=list)
+
+    def sites(self, available):
+        return select(available, self.where)
+
+    def before_denoise(self, step):
+        self.real.append({})
+        for _ in range(self.times):
+            seen: dict[str, Any] = {}
+            leaf = step.latents.detach().requires_grad_()
+            watched = select(self.sites(step.wiring.family.sites(step.wiring.model)), self.watch)
+
+            def see(call, seen=seen):
+                seen[call.site.name] = call
+
+            step.probe(leaf, dict.fromkeys(watched, see))
+            with torch.enable_grad():
+                loss = sum(loss_of(call) for call in seen.values())
+                self.gradients.append(torch.autograd.grad(loss, leaf)[0])
+            self.seen.append(seen)
+
+    def attend(self, call, proceed):
+        if call.step.rows.cond is not None:  # FLUX's unconditional call comes after
+            self.real[-1][call.site.name] = call
+        return proceed(call)
+
+
+def loss_of(call):
+    probabilities = (call.q.float() @ call.k.float().transpose(-1, -2) * call.q.shape[-1] ** -0.5).softmax(-1)
+    return (probabilities[..., 1:4] ** 2).sum()
+
+
+def controlnet():
+    return tiny.controlnet(), {"image": torch.linspace(0, 1, 3 * 32 * 48).reshape(1, 3, 32, 48)}
+
+
+def ip_adapter():
+    pipe = tiny.sd1()
+    pipe.unet._load_ip_adapter_weights([tiny.ip_adapter(pipe.unet)])
+    return pipe, {"ip_adapter_image_embeds": [torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(1))]}
+
+
+def inpaint():
+    picture = torch.linspace(-1, 1, 3 * 32 * 48).reshape(1, 3, 32, 48)
+    return tiny.inpaint(), {"image": picture, "mask_image": (picture[:, :1] > 0).float(), "strength": 1.0}
+
+
+def euler():
+    pipe = tiny.sd1()
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    return pipe, {}
+
+
+def lora():
+    from peft import LoraConfig
+
+    pipe = tiny.sd1()
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    return pipe, {"cross_attention_kwargs": {"scale": 0.3}}
+
+
+def no_guidance():
+    return tiny.sd1(), {"guidance_scale": 1.0}
+
+
+def true_guidance():
+    return tiny.flux(), {"true_cfg_scale": 2.0, "negative_prompt": "blue"}
+
+
+def several():
+    return tiny.sd1(), {"prompt": ["a cat and a dog", "a red dog"], "num_images_per_prompt": 2}
+
+
+SETTINGS = {name: (lambda make=make: (make(), {})) for name, make in tiny.FAMILIES.items()}
+SETTINGS |= {make.__name__: make for make in (controlnet, ip_adapter, inpaint, euler, lora, no_guidance, true_guidance)}
+SETTINGS["several"] = several
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_probe_sees_what_the_real_forward_sees(setting):
+    """Same latents, same conditions: text, residuals, added conditions, image prompts, LoRA scale."""
+    pipe, extra = SETTINGS[setting]()
+    plain = tiny.draw(pipe, **extra)
+    probe = Probe()
+    with attach(pipe, probe):
+        probed = tiny.draw(pipe, **extra)
+    assert torch.equal(plain, probed)
+    for seen, real in zip(probe.seen, probe.real, strict=True):
+        assert seen.keys() == real.keys()
+        for name, call in seen.items():
+            rows = real[name].step.rows.cond
+            for got, want in ((call.q, real[name].q), (call.k, real[name].k), (call.v, real[name].v)):
+                scale = float(want.abs().max())
+                torch.testing.assert_close(got, want[rows], rtol=1e-3, atol=1e-4 * scale)
+            assert call.step.rows.cond == slice(0, call.q.shape[0]) and call.step.rows.uncond is None
+            assert call.grid == real[name].grid and call.text == real[name].text
+
+
+def test_gradient_equals_a_full_forward_written_by_hand():
+    pipe = tiny.sd1()
+    probe = Probe("up_blocks.0.*attn2")
+    with attach(pipe, probe):
+        tiny.draw(pipe, steps=1)
+    step = probe.seen[0]["up_blocks.0.attentions.1.transformer_blocks.0.attn2"].step
+    arguments = step.arguments
+    leaf = step.latents.detach().requires_grad_()
+    kept: dict[str, Any] = {}
+    handles = []
+    for name in probe.seen[0]:
+        attn = pipe.unet.get_submodule(name)
+        for part in ("to_q", "to_k"):
+
+            def keep(module, inputs, output, key=(name, part)):
+                kept[key] = output
+
+            handles.append(getattr(attn, part).register_forward_hook(keep))
+    with torch.enable_grad():
+        pipe.unet(leaf, step.timestep, arguments["encoder_hidden_states"][1:])
+        loss = 0
+        for name in probe.seen[0]:
+            heads = pipe.unet.get_submodule(name).heads
+            q, k = (kept[name, part].unflatten(-1, (heads, -1)).transpose(1, 2) for part in ("to_q", "to_k"))
+            loss = loss + ((q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)[..., 1:4] ** 2).sum()
+        (want,) = torch.autograd.grad(loss, leaf)
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(probe.gradients[0], want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_gradient_of_a_batch_equals_single_ones(family):
+    prompts = ["a cat and a dog", "a red dog", "a blue cat"]
+    pipe = tiny.FAMILIES[family]()
+    batch = Probe(("cross", "joint"))
+    with attach(pipe, batch):
+        tiny.draw(pipe, prompts, steps=1)
+    for i, prompt in enumerate(prompts):
+        single = Probe(("cross", "joint"))
+        with attach(pipe, single):
+            tiny.draw(pipe, prompt, seed=i, steps=1)
+        want = single.gradients[0]
+        torch.testing.assert_close(
+            batch.gradients[0][i : i + 1], want, rtol=1e-3, atol=1e-4 * float(want.abs().max()), msg=f"image {i}"
+        )
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_forward_stops_after_the_last_watched_site(family):
+    pipe = tiny.FAMILIES[family]()
+    names = [site.name for site in attach_sites(pipe)]
+    ran: list[str] = []
+    handles = [
+        pipe_module.register_forward_pre_hook(lambda module, args, name=name: ran.append(name))
+        for name, pipe_module in ((name, tiny.denoiser(pipe).get_submodule(name)) for name in names)
+    ]
+    middle = names[len(names) // 2]
+    with attach(pipe, Probe(watch=middle)):
+        tiny.draw(pipe, steps=1)
+    for handle in handles:
+        handle.remove()
+    position = names.index(middle)
+    assert ran == names[: position + 1] + names
+
+
+def attach_sites(pipe):
+    from attnctl import sites
+
+    return sites(pipe)
+
+
+def test_no_control_acts_in_it_and_uncontrolled_q_is_seen():
+    pipe = tiny.sd1()
+    first = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
+    alone, together = Probe(watch="mid_block*attn2"), Probe(watch="mid_block*attn2")
+    with attach(pipe, alone):
+        tiny.draw(pipe, steps=1)
+    with attach(pipe, Bias(first, 50.0), together):
+        tiny.draw(pipe, steps=1)
+    for name, call in alone.seen[0].items():
+        assert torch.equal(call.q, together.seen[0][name].q)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_parameters_ask_for_gradients_exactly_as_before(fails):
+    pipe = tiny.sd1()
+    for i, parameter in enumerate(pipe.unet.parameters()):
+        parameter.requires_grad_(i % 3 == 0)
+    before = [parameter.requires_grad for parameter in pipe.unet.parameters()]
+    inside = []
+
+    class Look(Identity):
+        def before_denoise(self, step):
+            def see(call):
+                inside.extend(parameter.requires_grad for parameter in pipe.unet.parameters())
+                if fails:
+                    raise RuntimeError("mine")
+
+            step.probe(step.latents, {step.wiring.family.sites(pipe.unet)[3]: see})
+
+    with attach(pipe, Look()):
+        if fails:
+            with pytest.raises(RuntimeError, match="mine"):
+                tiny.draw(pipe, steps=1)
+        else:
+            tiny.draw(pipe, steps=1)
+    assert inside and not any(inside)
+    assert [parameter.requires_grad for parameter in pipe.unet.parameters()] == before
+    assert all(parameter.grad is None for parameter in pipe.unet.parameters())
+    tiny.draw(pipe, steps=1)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_works_in_inference_mode(family):
+    pipe = tiny.FAMILIES[family]()
+    outside, inside = Probe(), Probe()
+    with attach(pipe, outside):
+        tiny.draw(pipe)
+    with attach(pipe, inside), torch.inference_mode():
+        tiny.draw(pipe)
+    for got, want in zip(inside.gradients, outside.gradients, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd3", "flux"])
+def test_works_with_gradient_checkpointing(family):
+    pipe = tiny.FAMILIES[family]()
+    plain, checkpointed = Probe(), Probe()
+    with attach(pipe, plain, Bias()):
+        tiny.draw(pipe)
+    tiny.denoiser(pipe).enable_gradient_checkpointing()
+    with attach(pipe, checkpointed, Bias()):
+        tiny.draw(pipe)
+    for got, want in zip(checkpointed.gradients, plain.gradients, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_lora_scale_is_as_before():
+    pipe, extra = lora()
+    layers = [module for module in pipe.unet.modules() if hasattr(module, "scaling")]
+    before = [dict(layer.scaling) for layer in layers]
+    with attach(pipe, Probe(watch="mid_block*attn1")):
+        tiny.draw(pipe, **extra)
+    assert [dict(layer.scaling) for layer in layers] == before
+
+
+def test_works_with_offloading_hooks():
+    accelerate = pytest.importorskip("accelerate")
+    pipe = tiny.sd1()
+    want, got = Probe(watch="mid_block*"), Probe(watch="mid_block*")
+    with attach(pipe, want):
+        plain = tiny.draw(pipe)
+    accelerate.cpu_offload_with_hook(pipe.unet, torch.device("cpu"))
+    with attach(pipe, got):
+        assert torch.equal(tiny.draw(pipe), plain)
+    for one, other in zip(got.gradients, want.gradients, strict=True):
+        assert torch.equal(one, other)
+    assert hasattr(pipe.unet, "_hf_hook") and torch.equal(tiny.draw(pipe), plain)
+
+
+def test_works_with_sequential_offloading_hooks():
+    accelerate = pytest.importorskip("accelerate")
+    pipe = tiny.sd1()
+    plain = tiny.draw(pipe)
+    accelerate.cpu_offload(pipe.unet, torch.device("cpu"))
+    for _ in range(2):  # the stopped forward skipped some hooks: the next must still find its weights
+        probe = Probe(watch="mid_block*")
+        with attach(pipe, probe):
+            assert torch.equal(tiny.draw(pipe), plain)
+        assert len(probe.gradients) == 2
+    assert torch.equal(tiny.draw(pipe), plain)
+
+
+def test_step_cache_of_the_pipeline_keeps_its_context():
+    """FLUX names its passes for step caches; the probe has a name of its own and gives the old one back."""
+    from diffusers import FirstBlockCacheConfig
+
+    pipe = tiny.flux()
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    plain = tiny.draw(pipe, steps=3)
+    with attach(pipe, Probe(watch="transformer_blocks.0.attn", where="transformer_blocks.0.attn")):
+        assert torch.equal(tiny.draw(pipe, steps=3), plain)
+
+
+def test_half_precision():
+    pipe = tiny.sd1().to(torch.bfloat16)
+    probe = Probe()
+    with attach(pipe, probe):
+        tiny.draw(pipe, steps=1)
+    assert probe.gradients[0].dtype == torch.bfloat16 and probe.gradients[0].isfinite().all()
+    assert {call.q.dtype for call in probe.seen[0].values()} == {torch.bfloat16}
+
+
+def test_site_nobody_controls_cannot_be_watched():
+    class Elsewhere(Identity):
+        def before_denoise(self, step):
+            step.probe(step.latents, {step.wiring.family.sites(pipe.unet)[0]: print})
+
+    pipe = tiny.sd1()
+    with attach(pipe, Elsewhere("cross")), pytest.raises(ControlError, match=r"cannot watch down_blocks\.0.*attn1"):
+        tiny.draw(pipe)
+
+
+def test_site_the_forward_never_reaches_is_named():
+    pipe = tiny.sd3()
+
+    class Skip(Identity):
+        def before_denoise(self, step):
+            step.arguments["skip_layers"] = [2]
+            step.probe(step.latents, {step.wiring.family.sites(pipe.transformer)[2]: print})
+
+    with attach(pipe, Skip()), pytest.raises(ControlError, match=r"transformer_blocks\.2\.attn.*never reached"):
+        tiny.draw(pipe)
