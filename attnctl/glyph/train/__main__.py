@@ -21,7 +21,7 @@ Minutes = Annotated[float, typer.Option(help="Stop, with a checkpoint, after so 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out, exactly.")]
 Seed = Annotated[int, typer.Option(help="Seed of scenes, weights and noise.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
-Rate = Annotated[float, typer.Option(help="Peak learning rate.")]
+Rate = Annotated[float, typer.Option(help="Peak learning rate of matrices (Muon).")]
 Scenes = Annotated[int, typer.Option(help="Scenes drawn for training.")]
 
 
@@ -33,13 +33,13 @@ def autoencoder(
     resume: Resume = False,
     seed: Seed = 0,
     device: Device = "cpu",
-    rate: Rate = 2e-3,
+    rate: Rate = 6e-3,
     scenes: Scenes = 4000,
 ) -> None:
     """The autoencoder, on crops; writes OUT/vae."""
     from attnctl.glyph.train.autoencoder import Autoencoding
 
-    settings = Settings(out, steps, rate, seed, minutes, resume, every=250)
+    settings = Settings(out, steps, rate, 2e-3, seed, minutes, resume, every=250)
     train(Autoencoding(scenes, seed, device), settings)
 
 
@@ -52,15 +52,34 @@ def sd(
     resume: Resume = False,
     seed: Seed = 0,
     device: Device = "cpu",
-    rate: Rate = 1e-3,
+    rate: Rate = 6e-3,
     scenes: Scenes = 20_000,
     grounding: Annotated[float, typer.Option(help="Weight of the grounding loss; 0 leaves it out.")] = 0.05,
 ) -> None:
     """The Stable Diffusion pipeline; writes OUT/glyph-sd."""
     from attnctl.glyph.train.sd import Denoising
 
-    settings = Settings(out, steps, rate, seed, minutes, resume)
+    settings = Settings(out, steps, rate, 1e-3, seed, minutes, resume)
     train(Denoising(vae, scenes, seed, device, out, grounding), settings)
+
+
+@app.command()
+def judge(
+    out: Out = Path("runs/judge"),
+    steps: Steps = 4000,
+    minutes: Minutes = 0,
+    resume: Resume = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    rate: Rate = 2e-3,
+    pictures: Annotated[int, typer.Option(help="Pictures drawn for training.")] = 14_000,
+    vae: Annotated[Path | None, typer.Option(help="Pass half of the pictures through this autoencoder.")] = None,
+) -> None:
+    """The judge; writes OUT/judge and prints its scores on held-out pictures."""
+    from attnctl.glyph.train.judge import Judging
+
+    settings = Settings(out, steps, rate, seed, minutes, resume, average=0.995)
+    train(Judging(pictures, seed, device, out, vae), settings)
 
 
 if __name__ == "__main__":

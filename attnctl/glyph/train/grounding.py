@@ -45,7 +45,7 @@ def coverage(scene: Scene, things: int = 3) -> Tensor:
 
 @dataclass
 class Eager:
-    """An attention processor with plain matrix products, whose backward on a CPU is much faster than the fused kernel's.
+    """An attention processor with plain matrix products: on a CPU its backward is much faster than the fused kernel's.
 
     It keeps the maps of the cross-attention sites with at least 64 queries: grid side -> [(batch, queries, keys), ...],
     each the mean over heads.

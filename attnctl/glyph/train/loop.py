@@ -1,4 +1,4 @@
-"""The loop every model of the glyph world is trained with: progress, checkpoints, an average of the weights, exact resume."""
+"""The loop that trains every model of the glyph world: progress, checkpoints, averaged weights, exact resume."""
 
 import os
 import time
@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
+
+from attnctl.glyph.train.muon import Muon
 
 Losses = dict[str, Tensor]
 
@@ -33,27 +35,30 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """steps: length of the whole run. minutes: stop, with a checkpoint, after so long; 0 never stops early."""
+    """steps: length of the whole run. minutes: stop, with a checkpoint, after so long; 0 never stops early.
+
+    rate: peak learning rate of matrices and kernels, by Muon. small_rate: that of vectors and embeddings, by Adam.
+    """
 
     out: Path
     steps: int
     rate: float
+    small_rate: float = 1e-3
     seed: int = 0
     minutes: float = 0
     resume: bool = False
     every: int = 500
     average: float = 0.999
-    decay: float = 0.01
     ease: float = 0.3  # last part of the run in which the learning rate falls linearly to almost nothing
 
 
-def learning_rate(step: int, settings: Settings) -> float:
-    """Linear warm-up over 100 steps, flat, then linearly down to 2 % over the last `ease` of the run.
+def warmth(step: int, settings: Settings) -> float:
+    """Part of the peak learning rate at a step, 0 to 1: up over 100 steps, flat, down over the last `ease` of the run.
 
     A flat middle lets a longer run take over from an earlier checkpoint.
     """
     left = (settings.steps - step) / max(1.0, settings.ease * settings.steps)
-    return settings.rate * min(1.0, (step + 1) / 100, max(0.02, left))
+    return min(1.0, (step + 1) / 100, max(0.02, left))
 
 
 def generator(seed: int, step: int) -> torch.Generator:
@@ -69,6 +74,14 @@ def _blend(average: nn.Module, network: nn.Module, weight: float) -> None:
         mine.copy_(its)
 
 
+def _optimisers(network: nn.Module, settings: Settings) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    tables = {id(m.weight) for m in network.modules() if isinstance(m, nn.Embedding)}
+    matrices = [p for p in network.parameters() if p.ndim > 1 and id(p) not in tables]
+    others = [p for p in network.parameters() if p.ndim <= 1 or id(p) in tables]
+    adam = torch.optim.AdamW(others, lr=settings.small_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    return Muon(matrices, settings.rate), adam
+
+
 def save_atomically(state: object, path: Path) -> None:
     """Writes beside `path`, then renames: a kill leaves the old file or the new one."""
     beside = path.with_suffix(".partial")
@@ -80,7 +93,7 @@ def train(task: Task, settings: Settings) -> nn.Module:
     """Runs to `settings.steps` or `settings.minutes` and returns the averaged network.
 
     In `settings.out`: checkpoint.pt, report-*.png (what `task.report` draws), log.txt, and what `task.export` writes.
-    Raises FileExistsError if there is a checkpoint and `resume` is off, FileNotFoundError if there is none and it is on.
+    Raises FileExistsError if there is a checkpoint but no `resume`, FileNotFoundError if it is the other way round.
     """
     settings.out.mkdir(parents=True, exist_ok=True)
     checkpoint, log = settings.out / "checkpoint.pt", settings.out / "log.txt"
@@ -92,23 +105,19 @@ def train(task: Task, settings: Settings) -> nn.Module:
     network = task.network.train()
     device = next(network.parameters()).device
     average = deepcopy(network).requires_grad_(False).eval()
-    # Gains and biases are not decayed: they hold scales, not complexity.
-    groups = [
-        {"params": [p for p in network.parameters() if p.ndim > 1], "weight_decay": settings.decay},
-        {"params": [p for p in network.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimiser = torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.99), fused=True)
+    optimisers = _optimisers(network, settings)
     first = 0
     if settings.resume:
         state = torch.load(checkpoint, map_location=device, weights_only=True)
         network.load_state_dict(state["network"])
         average.load_state_dict(state["average"])
-        optimiser.load_state_dict(state["optimiser"])
+        for optimiser, own in zip(optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(own)
         first = state["step"]
 
     def save(step: int) -> None:
         state = {"network": network.state_dict(), "average": average.state_dict(), "step": step}
-        save_atomically(state | {"optimiser": optimiser.state_dict()}, checkpoint)
+        save_atomically(state | {"optimisers": [optimiser.state_dict() for optimiser in optimisers]}, checkpoint)
         line = f"step {step}: {task.report(average, settings.out, step)}"
         print(line, flush=True)
         with log.open("a") as file:
@@ -119,16 +128,18 @@ def train(task: Task, settings: Settings) -> nn.Module:
         for step in show(range(first, settings.steps)):
             rng = generator(settings.seed, step)
             torch.manual_seed(rng.initial_seed())  # dropout, if any
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(step, settings)
+            for optimiser, rate in zip(optimisers, (settings.rate, settings.small_rate), strict=True):
+                for group in optimiser.param_groups:
+                    group["lr"] = rate * warmth(step, settings)
             losses = task.loss(step, rng)
             total = torch.stack(list(losses.values())).sum()
             if not torch.isfinite(total):
                 raise FloatingPointError(f"the loss at step {step} is {total.item()}; the last checkpoint is good")
-            optimiser.zero_grad(set_to_none=True)
+            network.zero_grad(set_to_none=True)
             total.backward()
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimiser.step()
+            for optimiser in optimisers:
+                optimiser.step()
             _blend(average, network, 1 - min(settings.average, (step + 1) / (step + 10)))
             done = step + 1
             show.tell(step, {name: float(value.detach()) for name, value in losses.items()}, log)

@@ -118,7 +118,12 @@ class Denoising:
         latents = self.vae.encode(images).latent_dist.mode() * self.vae.config.scaling_factor
         ids, owner = owners(self.tokenizer, [scene.caption for scene in scenes])
         masks = torch.stack([coverage(scene) for scene in scenes])
-        return {"latents": latents.half().cpu().contiguous(), "ids": ids.short(), "owner": owner.to(torch.int8), "masks": masks.half()}
+        return {
+            "latents": latents.half().cpu().contiguous(),
+            "ids": ids.short(),
+            "owner": owner.to(torch.int8),
+            "masks": masks.half(),
+        }
 
     def _data(self, scenes: int, seed: int, cache: Path) -> dict[str, Tensor]:
         """Latents, token ids, owners and masks of all training scenes; kept on disk, as drawing takes minutes."""
