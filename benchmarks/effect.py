@@ -132,8 +132,8 @@ def summary(prompts: Sequence[Prompt], cases: Sequence[Case], done: dict[str, An
             for condition, own in values.items():
                 row[condition] = rate(list(own.values())).to_json()
                 if own is not base:
-                    pairs = [(base[key], own[key], key[0]) for key in base]
-                    row[condition]["against " + conditions[0]] = paired(*zip(*pairs, strict=True)).to_json()
+                    change = paired([*base.values()], [own[key] for key in base], [prompt for prompt, _ in base])
+                    row[condition]["against " + conditions[0]] = change.to_json()
     return table
 
 

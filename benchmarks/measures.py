@@ -36,8 +36,8 @@ def rate(hits: Sequence[bool]) -> Rate:
 class Paired:
     """What one condition changes against another on the same prompts and seeds.
 
-    difference: in the rate, with a 95 % interval by bootstrap over prompts, whose seeds stay together. repaired: part of
-    what was wrong before and is right now. broken: part of what was right before and is wrong now.
+    difference: in the rate, with a 95 % interval by bootstrap over prompts, whose seeds stay together. repaired: part
+    of what was wrong before and is right now. broken: part of what was right before and is wrong now.
     """
 
     difference: float

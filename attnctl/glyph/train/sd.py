@@ -23,7 +23,8 @@ WIDTH = 128
 PROMPTS = (
     "a cat", "a red car", "a black bench", "a purple apple",
     "a cat and a dog", "a bear and a mouse", "a lion and a frog", "a horse and a turtle",
-    "a bird and a yellow suitcase", "a monkey with a crown", "a green chair and a pink bowl", "a red balloon and a blue bow",
+    "a bird and a yellow suitcase", "a monkey with a crown",
+    "a green chair and a pink bowl", "a red balloon and a blue bow",
 )  # fmt: skip
 """What the report pictures while training."""
 
