@@ -1,5 +1,6 @@
 """python -m attnctl.glyph.train: draws scenes, trains, and writes what attnctl ships."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -66,7 +67,7 @@ def sd(
 @app.command()
 def judge(
     out: Out = Path("runs/judge"),
-    steps: Steps = 4000,
+    steps: Steps = 3500,
     minutes: Minutes = 0,
     resume: Resume = False,
     seed: Seed = 0,
@@ -80,6 +81,19 @@ def judge(
 
     settings = Settings(out, steps, rate, seed, minutes, resume, average=0.995)
     train(Judging(pictures, seed, device, out, vae), settings)
+
+
+@app.command()
+def score(
+    folder: Annotated[Path, typer.Argument(help="A glyph pipeline.")] = Path("runs/sd/glyph-sd"),
+    scale: Annotated[list[float], typer.Option(help="Guidance scales to sweep.")] = [2.0, 3.0, 4.0, 5.0, 7.5],  # noqa: B006
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option(help="File for the figures.")] = Path("scores.json"),
+) -> None:
+    """Judges a trained pipeline: single things, colours, pairs, and whether word maps lie on their things."""
+    from attnctl.glyph.train.score import score as figures
+
+    typer.echo(json.dumps(figures(folder, scale, seed, out), indent=1))
 
 
 if __name__ == "__main__":

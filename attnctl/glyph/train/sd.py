@@ -10,12 +10,12 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from attnctl.glyph.scenes import Renderer, Scene
 from attnctl.glyph.tokenizer import build_tokenizer
 from attnctl.glyph.train.autoencoder import pixels, sheet
-from attnctl.glyph.train.grounding import MapScore, coverage, eager, grounding_loss, map_test, owners
+from attnctl.glyph.train.grounding import GRID, MapScore, coverage, eager, grounding_loss, map_test, owners
 from attnctl.glyph.train.loop import Losses
 from attnctl.glyph.words import CONCEPTS
 
@@ -95,6 +95,44 @@ def _batches(scenes: int, seed: int, size: int = 64) -> Iterator[list[Scene]]:
         yield [render.scene(seed * 10_000_000 + k) for k in range(first, min(first + size, scenes))]
 
 
+@torch.no_grad()
+def encode(vae: AutoencoderKL, tokenizer: CLIPTokenizer, scenes: list[Scene]) -> dict[str, Tensor]:
+    """Scaled latents (n, c, 16, 16), token ids and owners (n, 77), masks (n, 3, 16, 16); on the CPU, in small types."""
+    images = pixels(np.stack([scene.image for scene in scenes])).to(vae.device)
+    latents = vae.encode(images).latent_dist.mode() * vae.config.scaling_factor
+    ids, owner = owners(tokenizer, [scene.caption for scene in scenes])
+    masks = torch.stack([coverage(scene) for scene in scenes])
+    latents = latents.half().cpu().contiguous()
+    return {"latents": latents, "ids": ids.short(), "owner": owner.to(torch.int8), "masks": masks.half()}
+
+
+def noised(alphas: Tensor, latents: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The noisy latents and the velocity to predict; alphas: (n,) cumulative products."""
+    alpha, sigma = alphas.sqrt()[:, None, None, None], (1 - alphas).sqrt()[:, None, None, None]
+    return alpha * latents + sigma * noise, alpha * noise - sigma * latents
+
+
+@torch.no_grad()
+def map_scores(pipe: StableDiffusionPipeline, scenes: int = 64) -> dict[int, MapScore]:
+    """The map test on held-out two-thing scenes, noised to t = 300, 500 and 700."""
+    drawn = [Renderer(stream=4).scene(k, "held_out", 2) for k in range(scenes)]
+    data = encode(pipe.vae, pipe.tokenizer, drawn)
+    latents = data["latents"].float().to(pipe.device)
+    text = pipe.text_encoder(data["ids"].long().to(pipe.device)).last_hidden_state
+    pieces = {i for word in CONCEPTS for i in pipe.tokenizer(word).input_ids[1:-1]}
+    nouns = torch.isin(data["ids"].long(), torch.tensor(sorted(pieces)))
+    scores = {}
+    for t in (300, 500, 700):
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(t)).to(pipe.device)
+        times = torch.full((len(latents),), t, device=pipe.device)
+        noisy, _ = noised(pipe.scheduler.alphas_cumprod.to(pipe.device)[times], latents, noise)
+        with eager(pipe.unet) as attention:
+            pipe.unet(noisy, times, text)
+        maps = [site.cpu() for site in attention.maps[GRID]]
+        scores[t] = map_test(maps, data["owner"].long(), nouns, data["masks"].float())
+    return scores
+
+
 class Denoising:
     """v-prediction with min-SNR weights (gamma 5), captions dropped in one row of ten, and a grounding loss."""
 
@@ -107,38 +145,18 @@ class Denoising:
         self.alphas = self.scheduler.alphas_cumprod.to(device)
         self.data = self._data(scenes, seed, cache)
         self.empty = owners(self.tokenizer, [""])[0].to(device)
-        held_out = [Renderer(stream=4).scene(k, "held_out", 2) for k in range(64)]
-        self.held_out = self._encode(held_out)
         torch.manual_seed(seed)
         parts = {"unet": new_unet(self.vae.config.latent_channels), "text": new_text_encoder()}
         self.network: nn.Module = nn.ModuleDict(parts).to(device).to(memory_format=torch.channels_last)
-
-    @torch.no_grad()
-    def _encode(self, scenes: list[Scene]) -> dict[str, Tensor]:
-        images = pixels(np.stack([scene.image for scene in scenes])).to(self.device)
-        latents = self.vae.encode(images).latent_dist.mode() * self.vae.config.scaling_factor
-        ids, owner = owners(self.tokenizer, [scene.caption for scene in scenes])
-        masks = torch.stack([coverage(scene) for scene in scenes])
-        return {
-            "latents": latents.half().cpu().contiguous(),
-            "ids": ids.short(),
-            "owner": owner.to(torch.int8),
-            "masks": masks.half(),
-        }
 
     def _data(self, scenes: int, seed: int, cache: Path) -> dict[str, Tensor]:
         """Latents, token ids, owners and masks of all training scenes; kept on disk, as drawing takes minutes."""
         file = cache / f"scenes-{scenes}-{seed}.safetensors"
         if not file.exists():
-            parts = [self._encode(batch) for batch in _batches(scenes, seed)]
+            parts = [encode(self.vae, self.tokenizer, batch) for batch in _batches(scenes, seed)]
             cache.mkdir(parents=True, exist_ok=True)
             save_file({key: torch.cat([part[key] for part in parts]) for key in parts[0]}, file)
         return load_file(file)
-
-    def _noised(self, latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The noisy latents and the velocity to predict."""
-        alpha, sigma = self.alphas[t].sqrt()[:, None, None, None], (1 - self.alphas[t]).sqrt()[:, None, None, None]
-        return alpha * latents + sigma * noise, alpha * noise - sigma * latents
 
     def loss(self, step: int, rng: torch.Generator) -> Losses:
         which = torch.randint(len(self.data["ids"]), (self.batch,), generator=rng)
@@ -150,7 +168,7 @@ class Denoising:
         dropped = (torch.rand(self.batch, generator=rng) < 0.1).to(self.device)
         ids = torch.where(dropped[:, None], self.empty, rows["ids"].long())
         owner = rows["owner"].long().masked_fill(dropped[:, None], -1)
-        noisy, velocity = self._noised(rows["latents"].float(), noise, t)
+        noisy, velocity = noised(self.alphas[t], rows["latents"].float(), noise)
         with eager(self.network["unet"]) as attention:  # type: ignore[index]
             text = self.network["text"](ids).last_hidden_state  # type: ignore[index]
             got = self.network["unet"](noisy.contiguous(memory_format=torch.channels_last), t, text).sample  # type: ignore[index]
@@ -163,21 +181,6 @@ class Denoising:
             ground = grounding_loss(attention.maps, owner, rows["masks"].float(), certainty)
             losses["grounding"] = self.grounding * ground
         return losses
-
-    @torch.no_grad()
-    def map_score(self, network: nn.Module, t: int) -> MapScore:
-        """The map test on held-out two-thing scenes noised to `t`."""
-        data = self.held_out
-        latents = data["latents"].float().to(self.device)
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(t)).to(self.device)
-        times = torch.full((len(latents),), t, device=self.device)
-        text = network["text"](data["ids"].long().to(self.device)).last_hidden_state  # type: ignore[index]
-        with eager(network["unet"]) as attention:  # type: ignore[index]
-            network["unet"](self._noised(latents, noise, times)[0], times, text)  # type: ignore[index]
-        pieces = {i for word in CONCEPTS for i in self.tokenizer(word).input_ids[1:-1]}
-        nouns = torch.isin(data["ids"].long(), torch.tensor(sorted(pieces)))
-        maps = [site.cpu() for site in attention.maps[16]]
-        return map_test(maps, data["owner"].long(), nouns, data["masks"].float())
 
     def pipeline(self, network: nn.Module) -> StableDiffusionPipeline:
         pipe = StableDiffusionPipeline(
@@ -199,7 +202,7 @@ class Denoising:
             list(PROMPTS), num_inference_steps=20, guidance_scale=5.0, generator=seeds, output_type="np"
         ).images
         sheet((images * 255).round().astype(np.uint8), 4).save(folder / f"report-{step:06d}.png")
-        scores = {t: self.map_score(network, t) for t in (300, 500, 700)}
+        scores = map_scores(self.pipeline(network))
         return "pointing / own share " + ", ".join(
             f"t={t}: {score.pointing:.1%} / {score.share:.2f}" for t, score in scores.items()
         )
