@@ -1,0 +1,138 @@
+"""What controls cost in time: ratios to the plain run of the same pipeline, as medians over alternating runs.
+
+    python benchmarks/speed.py attach maps
+
+attach: an attachment without controls, and one that sits at every site and does nothing.
+maps: the maps of all words, against the plain run; beside it, recording as DAAM does it, by materialised probabilities.
+"""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, ClassVar
+
+import torch
+import typer
+from models import MODELS, build
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+import attnctl
+from attnctl.control import AttentionCall, Control, Lane, Proceed
+from attnctl.run import Run
+from attnctl.sites import Site, select
+
+
+@dataclass(frozen=True)
+class Idle(Control):
+    """Sits at every site and does nothing."""
+
+    def sites(self, available: tuple[Site, ...]) -> tuple[Site, ...]:
+        return select(available, None)
+
+    def attend(self, call: AttentionCall, proceed: Proceed) -> Tensor:
+        return proceed(call)
+
+
+@dataclass(frozen=True)
+class Eager(Control):
+    """Records as DAAM does: probabilities as a tensor at every site with text, summed over heads and steps."""
+
+    lane: ClassVar[Lane] = Lane.PROBS
+
+    def sites(self, available: tuple[Site, ...]) -> tuple[Site, ...]:
+        return select(available, ["cross", "joint"])
+
+    def begin(self, run: Run) -> dict[str, Tensor]:
+        return {}
+
+    def attend(self, call: AttentionCall, proceed: Proceed) -> Tensor:
+        scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
+        probabilities = torch.softmax(call.q @ call.k.mT * scale, -1)
+        sums, rows = call.step.run.state(self), call.step.rows.cond
+        maps = probabilities[rows][:, :, call.image, call.text].sum(1)
+        sums[call.site.name] = maps if call.site.name not in sums else sums[call.site.name] + maps
+        return probabilities @ call.v
+
+
+Setting = Callable[[Any], AbstractContextManager[Any]]
+
+TOPICS: dict[str, dict[str, Setting]] = {
+    "attach": {
+        "no controls": lambda pipe: attnctl.attach(pipe),
+        "idle at all sites": lambda pipe: attnctl.attach(pipe, Idle()),
+    },
+    "maps": {
+        "maps of all words": lambda pipe: attnctl.attach(pipe, attnctl.processors.TokenMaps()),
+        "as DAAM, eager": lambda pipe: attnctl.attach(pipe, Eager()),
+    },
+}
+
+
+def timed(run: Callable[[], None], around: AbstractContextManager[Any]) -> float:
+    """Seconds of one run, what is around it included."""
+    start = time.perf_counter()
+    with around:
+        run()
+    return time.perf_counter() - start
+
+
+def measure(name: str, topic: str, repeats: int, bar: Progress) -> dict[str, Any]:
+    """Plain and each setting in turn, `repeats` times; each ratio is to the plain run just before."""
+    run = build(name)
+    pipe = run.pipe  # type: ignore[attr-defined]
+    settings = TOPICS[topic]
+    line = bar.add_task(f"{topic}: {name}", total=repeats + 1)
+    times: dict[str, list[float]] = {setting: [] for setting in ("plain", *settings)}
+    for repeat in range(repeats + 1):
+        for setting in times:
+            around = nullcontext() if setting == "plain" else settings[setting](pipe)
+            seconds = timed(run, around)
+            if repeat:  # the first round warms up
+                times[setting].append(seconds)
+        bar.advance(line)
+    ratios = {s: median(b / a for a, b in zip(times["plain"], times[s], strict=True)) for s in settings}
+    return {"model": name, "topic": topic, "plain": median(times["plain"]), "ratios": ratios, "seconds": times}
+
+
+def machine() -> dict[str, Any]:
+    return {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__} | {
+        "processor": platform.machine()
+    }
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(help=__doc__)
+def main(
+    topics: Annotated[list[str], typer.Argument(help=f"Any of {', '.join(TOPICS)}.")],
+    model: Annotated[list[str], typer.Option(help=f"Any of {', '.join(MODELS)}.")] = list(MODELS),  # noqa: B006
+    repeats: Annotated[int, typer.Option(min=1, help="Measured rounds, after one to warm up.")] = 5,
+    out: Annotated[Path, typer.Option(help="File for all times.")] = Path("out/speed.json"),
+) -> None:
+    for given, known in ((topics, TOPICS), (model, MODELS)):
+        if unknown := [name for name in given if name not in known]:
+            raise typer.BadParameter(f"no {unknown[0]!r}; there are {', '.join(known)}")
+    with Progress() as bar:
+        found = [measure(name, topic, repeats, bar) for name in model for topic in topics]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"machine": machine(), "measured": found}, indent=1))
+    table = Table("model", "setting", "time / plain", title=f"medians of {repeats} alternating rounds, {machine()}")
+    for row in found:
+        table.add_row(row["model"], "plain", f"{row['plain']:.2f} s")
+        for setting, ratio in row["ratios"].items():
+            table.add_row("", setting, f"{ratio:.3f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    app()
