@@ -68,7 +68,8 @@ def generator(seed: int, step: int) -> torch.Generator:
 
 @torch.no_grad()
 def _blend(average: nn.Module, network: nn.Module, weight: float) -> None:
-    ours, theirs = list(average.parameters()), list(network.parameters())
+    ours: list[Tensor] = list(average.parameters())
+    theirs: list[Tensor] = list(network.parameters())
     torch._foreach_lerp_(ours, theirs, weight)
     for mine, its in zip(average.buffers(), network.buffers(), strict=True):
         mine.copy_(its)
