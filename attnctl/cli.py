@@ -4,7 +4,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -217,14 +217,13 @@ def _glyph_things(prompt: str) -> list[str]:
 
 
 def known_controls() -> "dict[str, type[Control]]":
-    """The controls of `attnctl.processors`, by class name."""
+    """The controls of `attnctl.processors` that change a picture, by class name; --maps is for what only looks."""
     from . import processors
-    from .control import Control
+    from .control import Control, Lane
 
     found = {name: getattr(processors, name) for name in dir(processors) if not name.startswith("_")}
-    return {
-        name: it for name, it in found.items() if isinstance(it, type) and issubclass(it, Control) and it is not Control
-    }
+    controls = {name: it for name, it in found.items() if isinstance(it, type) and issubclass(it, Control)}
+    return {name: it for name, it in controls.items() if it is not Control and it.lane is not Lane.MAPS}
 
 
 def _control(text: str) -> "Control":
@@ -396,14 +395,7 @@ def _judged(model: str, drawings: "dict[str, Drawing]") -> list[str]:
     from .glyph import judge as judges
 
     readings = judges.load().read([drawn.picture for drawn in drawings.values()])
-    return [
-        f"{kind:<10}  the judge sees {_named(reading.things)}" for kind, reading in zip(drawings, readings, strict=True)
-    ]
-
-
-def _named(things: Iterable[Any]) -> str:
-    names = [f"{thing.colour} {thing.concept}" if thing.colour else thing.concept for thing in things]
-    return ", ".join(names) or "none of the things it knows"
+    return [f"{kind:<10}  the judge sees {reading}" for kind, reading in zip(drawings, readings, strict=True)]
 
 
 @app.command(no_args_is_help=True)

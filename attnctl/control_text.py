@@ -1,7 +1,8 @@
 """Controls as text: `segregation(cat, red car, strength=0.5)` is `Segregation("cat", "red car", strength=0.5)`.
 
 One syntax, that of a call whose strings need no quotes: phrases first, settings as name=value. Quotes are for a phrase
-that holds a comma, a bracket or an equals sign; lists stand in square brackets. Names of controls ignore case and "_".
+that holds a comma, a bracket or an equals sign; lists (of values, or of phrases) stand in square brackets. Names of
+controls ignore case and "_".
 """
 
 import ast
@@ -117,9 +118,25 @@ def _unquoted(part: str) -> str:
     return part[1:-1] if len(part) > 1 and part[0] == part[-1] and part[0] in "'\"" else part
 
 
+def _phrase(part: str) -> Any:
+    """A phrase, however much it looks like a number, or a list of phrases."""
+    listed = _listed(part)
+    return _unquoted(part) if listed is None else tuple(_phrase(one) for one in listed)
+
+
+def _listed(word: str) -> list[str] | None:
+    """The parts of a list as they are written, or None if it is none."""
+    if word[:1] not in ("[", "(") or word[-1] not in "])":
+        return None
+    parts = _split(word[1:-1], word)
+    if not all(parts):
+        raise ControlTextError(f"cannot read {word!r}: a value is empty")
+    return parts
+
+
 def _value(word: str) -> Any:
-    if word[0] in "[(" and word[-1] in "])":
-        return tuple(_value(part) for part in _split(word[1:-1], word))
+    if (listed := _listed(word)) is not None:
+        return tuple(_value(part) for part in listed)
     named = {"none": None, "true": True, "false": False}
     if word.lower() in named:
         return named[word.lower()]
@@ -180,10 +197,11 @@ def _build(cls: type, values: list[str], settings: dict[str, Any]) -> Any:
             raise TypeError(f"{len(values)} values for {len(names)} settings")
         pairs = zip(names, values, strict=False)  # a setting may keep its default
         return cls(*(_fit(name, _value(part), hints.get(name, Any)) for name, part in pairs), **arguments)
-    phrases = tuple(_unquoted(value) for value in values)
+    each = hints.get(first.name, Any) if first.kind is first.VAR_POSITIONAL else Any
+    phrases = tuple(_fit("a phrase", _phrase(value), each) for value in values)
     if first.kind is first.VAR_POSITIONAL:
         return cls(*phrases, **arguments)
-    return cls(**({first.name: phrases} if phrases else {}), **arguments)
+    return cls(**({first.name: _fit(first.name, phrases, hints[first.name])} if phrases else {}), **arguments)
 
 
 def _fit(name: str, value: Any, hint: Any) -> Any:

@@ -17,6 +17,7 @@ from attnctl.control import Control, Lane
 from attnctl.sites import select
 
 WORDS = "a cat and a dog"
+KNOWN = cli.known_controls
 
 
 @dataclass(frozen=True)
@@ -140,10 +141,14 @@ def test_maps_stand_under_both_pictures_of_a_comparison(generate):
     assert tall.width == flat.width and tall.height > flat.height
 
 
-def test_subjects_are_short_for_segregation(generate, monkeypatch):
-    monkeypatch.setattr(cli, "known_controls", lambda: {"Segregation": Damp})
-    _, out, _ = generate("--subjects", "cat, dog", "--compare")
-    assert recipe.read(Path(out[0]))[1].controls == ("segregation(cat, dog)",)
+def test_subjects_are_short_for_segregation(generate, run, monkeypatch):
+    monkeypatch.setattr(cli, "known_controls", KNOWN)
+    code, out, err = generate("--subjects", "cat, dog", "--compare")
+    assert (code, err) == (0, [])
+    plain, controlled = (recipe.read(Path(path))[1] for path in out[:2])
+    assert plain.controls == controlled.controls == ("segregation(cat, dog)",)
+    assert plain.pixels != controlled.pixels
+    assert run("reproduce", out[1])[1] == ["bit-identical"]
 
 
 def test_things_of_the_glyph_world_are_found_in_the_prompt():
@@ -198,14 +203,16 @@ def test_sites_selects_and_gives_grids_for_a_size(run, tiny):
 
 
 class Reading:
-    """Sees two things in a picture of even width, else none."""
+    """Sees a cat in a picture of even width."""
 
     def __init__(self, picture):
-        self.things = [SimpleNamespace(concept="cat", colour=None), SimpleNamespace(concept="car", colour="red")]
-        self.things = self.things if picture.width % 2 == 0 else []
+        self.things = 1 - picture.width % 2
+
+    def __str__(self):
+        return "a cat" if self.things else "nothing"
 
     def to_json(self):
-        return {"things": len(self.things)}
+        return {"things": self.things}
 
 
 @pytest.fixture
@@ -223,7 +230,7 @@ def test_judge_prints_json(run, judge):
         Image.new("L", (width, 8)).save(f"{width}.png")
     code, out, _ = run("judge", "8.png", "9.png")
     assert code == 0
-    assert json.loads("\n".join(out)) == [{"image": "8.png", "things": 2}, {"image": "9.png", "things": 0}]
+    assert json.loads("\n".join(out)) == [{"image": "8.png", "things": 1}, {"image": "9.png", "things": 0}]
 
 
 def test_an_embedded_model_is_judged_and_its_things_are_found(run, judge, tiny, monkeypatch):
@@ -233,13 +240,9 @@ def test_an_embedded_model_is_judged_and_its_things_are_found(run, judge, tiny, 
     monkeypatch.setattr(cli, "known_controls", lambda: {"Segregation": Damp})
     code, out, err = run("generate", WORDS, "--model", "tiny", "--steps", 1, "--compare")
     assert code == 0
-    assert out[:2] == ["plain       the judge sees cat, red car", "controlled  the judge sees cat, red car"]
+    assert out[:2] == ["plain       the judge sees a cat", "controlled  the judge sees a cat"]
     assert err == ["attnctl: no control was given, so segregation(cat, dog) is compared with none"]
     assert recipe.read(Path(out[-1]))[1].model == "tiny"
-
-
-def test_the_judge_may_see_nothing():
-    assert cli._named([]) == "none of the things it knows"
 
 
 # --- bad input: one clear line, exit code 2, nothing left behind ------------------------------------------------------

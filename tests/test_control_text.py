@@ -44,7 +44,15 @@ class Blur:
     sigma: float = 1.0
 
 
-KNOWN = {"KeepApart": KeepApart, "Boost": Boost, "Blur": Blur}
+@dataclass(frozen=True, init=False)
+class Pairs:
+    pairs: tuple[str | tuple[str, str], ...]
+
+    def __init__(self, *pairs: str | tuple[str, str]):
+        object.__setattr__(self, "pairs", pairs)
+
+
+KNOWN = {"Pairs": Pairs, "KeepApart": KeepApart, "Boost": Boost, "Blur": Blur}
 
 
 def parse(text):
@@ -63,6 +71,8 @@ def parse(text):
         ("keepapart('one, two', \"a=b\")", KeepApart("one, two", "a=b")),
         ("keepapart(the cat's hat, the dog's hat)", KeepApart("the cat's hat", "the dog's hat")),
         ("keepapart(3, none)", KeepApart("3", "none")),
+        ("pairs([cat, red car], [dog, 3])", Pairs(("cat", "red car"), ("dog", "3"))),
+        ("pairs(cat, dog)", Pairs("cat", "dog")),
         ("boost(cat, dog)", Boost(("cat", "dog"))),
         ("blur", Blur()),
         ("blur()", Blur()),
@@ -91,6 +101,10 @@ def test_read(text, control):
         ("keepapart(cat, dog, norm=mean)", r"does not fit"),
         ("keepapart(cat, dog, window=[0, 1, 2])", r"does not fit"),
         ("keepapart(cat, dog, phrases=x)", r"no setting 'phrases'"),
+        ("keepapart([cat, dog], bird)", r"a phrase = .* does not fit: it takes str"),
+        ("boost([cat, dog])", r"phrases = .* does not fit"),
+        ("pairs([cat, dog, bird])", r"a phrase = .* does not fit"),
+        ("pairs([cat,, dog])", r"a value is empty"),
         ("keepapart(cat)", r"at least two phrases; it is written"),
         ("keepapart(cat, strength=1, dog)", r"phrases stand before settings"),
         ("keepapart(cat, dog, strength=1, strength=2)", r"strength is set twice"),
