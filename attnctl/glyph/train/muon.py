@@ -16,15 +16,21 @@ _QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan's coefficients: singular values l
 def orthogonal(matrix: Tensor) -> Tensor:
     """The nearest semi-orthogonal matrix, roughly (singular values 0.7 to 1.2), by Newton and Schulz's iteration.
 
+    All rounds but the first and last product run on the smaller Gram matrix, with which every factor commutes.
+
     matrix: (rows, columns), any scale.
     """
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.mT if tall else matrix
     x = x / x.norm().clamp_min(1e-7)
+    gram, factor = x @ x.mT, None
     a, b, c = _QUINTIC
     for _ in range(5):
-        square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+        once = b * gram + c * gram @ gram
+        once.diagonal().add_(a)
+        factor = once if factor is None else once @ factor
+        gram = once @ once @ gram
+    x = factor @ x
     return x.mT if tall else x
 
 
