@@ -40,7 +40,7 @@ def autoencoder(
     """The autoencoder, on crops; writes OUT/vae."""
     from attnctl.glyph.train.autoencoder import Autoencoding
 
-    settings = Settings(out, steps, rate, 2e-3, seed, minutes, resume, every=250)
+    settings = Settings(out, steps, rate, small_rate=2e-3, seed=seed, minutes=minutes, resume=resume, every=250)
     train(Autoencoding(scenes, seed, device), settings)
 
 
@@ -60,7 +60,7 @@ def sd(
     """The Stable Diffusion pipeline; writes OUT/glyph-sd."""
     from attnctl.glyph.train.sd import Denoising
 
-    settings = Settings(out, steps, rate, 1e-3, seed, minutes, resume)
+    settings = Settings(out, steps, rate, seed=seed, minutes=minutes, resume=resume)
     train(Denoising(vae, scenes, seed, device, out, grounding), settings)
 
 
@@ -79,7 +79,7 @@ def judge(
     """The judge; writes OUT/judge and prints its scores on held-out pictures."""
     from attnctl.glyph.train.judge import Judging
 
-    settings = Settings(out, steps, rate, seed, minutes, resume, average=0.995)
+    settings = Settings(out, steps, rate, seed=seed, minutes=minutes, resume=resume, average=0.995)
     train(Judging(pictures, seed, device, out, vae), settings)
 
 
