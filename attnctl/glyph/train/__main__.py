@@ -88,12 +88,11 @@ def score(
     folder: Annotated[Path, typer.Argument(help="A glyph pipeline.")] = Path("runs/sd/glyph-sd"),
     scale: Annotated[list[float], typer.Option(help="Guidance scales to sweep.")] = [2.0, 3.0, 4.0, 5.0, 7.5],  # noqa: B006
     seed: Seed = 0,
-    out: Annotated[Path, typer.Option(help="File for the figures.")] = Path("scores.json"),
 ) -> None:
-    """Judges a trained pipeline: single things, colours, pairs, and whether word maps lie on their things."""
+    """Judges a trained pipeline and writes its model card: things, colours, pairs, and word maps on their things."""
     from attnctl.glyph.train.score import score as figures
 
-    typer.echo(json.dumps(figures(folder, scale, seed, out), indent=1))
+    typer.echo(json.dumps(figures(folder, scale, seed), indent=1))
 
 
 if __name__ == "__main__":

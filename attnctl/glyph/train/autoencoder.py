@@ -1,6 +1,7 @@
 """The autoencoder of the glyph world: 128 x 128 pixels to 16 x 16 latents."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,7 +78,8 @@ def strangers(count: int, seed: int) -> np.ndarray:
             ImageDraw.Draw(glyph).text((0, 0), chr(code), font=font, embedded_color=True)
             side = int(rng.integers(36, 100))
             glyph = glyph.rotate(rng.uniform(-20, 20), Image.Resampling.BILINEAR).resize((side, side))
-            ground.paste(glyph, tuple(int(v) for v in rng.integers(-20, 90, 2)), glyph)
+            x, y = rng.integers(-20, 90, 2).tolist()
+            ground.paste(glyph, (x, y), glyph)
         image[:] = np.asarray(ground)
     return images
 
@@ -92,7 +94,7 @@ class Autoencoding:
         self.held_out = pixels(np.stack([Renderer(stream=2).scene(k, split="all").image for k in range(48)])).to(device)
         self.device = device
         torch.manual_seed(seed)
-        self.network: nn.Module = new().to(device).to(memory_format=torch.channels_last)
+        self.network: Any = new().to(device).to(memory_format=torch.channels_last)
 
     def loss(self, step: int, rng: torch.Generator, batch: int = 12) -> Losses:
         which = torch.randint(len(self.images), (batch,), generator=rng).tolist()
@@ -111,7 +113,7 @@ class Autoencoding:
         }
 
     @torch.no_grad()
-    def report(self, network: nn.Module, folder: Path, step: int) -> str:
+    def report(self, network: Any, folder: Path, step: int) -> str:
         again = torch.cat([network.decode(network.encode(x).latent_dist.mode()).sample for x in self.held_out.split(8)])
         latents = torch.cat([network.encode(x).latent_dist.mode() for x in self.held_out.split(8)])
         rows = torch.cat([self.held_out[:8], again[:8]])
@@ -120,7 +122,7 @@ class Autoencoding:
         return f"PSNR {error:.2f} dB on held-out scenes, latent std by channel {spread.min():.2f}-{spread.max():.2f}"
 
     @torch.no_grad()
-    def export(self, network: nn.Module, folder: Path) -> None:
+    def export(self, network: Any, folder: Path) -> None:
         """Sets the scaling factor, so that scaled latents have unit variance, and saves a diffusers folder."""
         latents = torch.cat([network.encode(x).latent_dist.mode() for x in self.held_out.split(8)])
         network.register_to_config(scaling_factor=round(1 / float(latents.std()), 4))

@@ -3,7 +3,7 @@
 The loss follows TokenCompose (arXiv 2312.03626): the part of a word's attention that falls outside its thing, squared.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -72,7 +72,7 @@ class Eager:
 
 
 @contextmanager
-def eager(unet: UNet2DConditionModel):  # type: ignore[no-untyped-def]
+def eager(unet: UNet2DConditionModel) -> Iterator[Eager]:
     """All attention of the UNet through one `Eager`, which is yielded; the processors before come back at the end."""
     before, processor = dict(unet.attn_processors), Eager()
     unet.set_attn_processor(processor)

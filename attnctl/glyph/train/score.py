@@ -74,10 +74,11 @@ def quality(pipe: Any, guidance: float, seed: int, full: bool, bar: Progress) ->
     )
 
 
-def score(folder: Path, scales: Sequence[float], seed: int, out: Path) -> dict[str, Any]:
-    """Sweeps guidance on a part of the prompts, scores the best scale on all, and tests the maps; writes `out`.
+def score(folder: Path, scales: Sequence[float], seed: int) -> dict[str, Any]:
+    """Sweeps guidance on a part of the prompts, scores the best scale on all, and tests the maps.
 
-    The best scale is the one with the most single concepts and colours right.
+    The best scale is the one with the most single concepts and colours right. Writes scores.json and the model card
+    into `folder`.
     """
     from diffusers import StableDiffusionPipeline
 
@@ -94,6 +95,77 @@ def score(folder: Path, scales: Sequence[float], seed: int, out: Path) -> dict[s
         "quality": asdict(final),
         "sweep": [asdict(q) for q in sweep],
         "maps": {t: asdict(s) for t, s in map_scores(pipe, scenes=200).items()},
+        "autoencoder_psnr": autoencoder_psnr(pipe.vae),
     }
-    out.write_text(json.dumps(found, indent=1))
+    (folder / "scores.json").write_text(json.dumps(found, indent=1) + "\n")
+    (folder / "README.md").write_text(card(found, json.loads((folder / "training.json").read_text()), pipe))
     return found
+
+
+@torch.no_grad()
+def autoencoder_psnr(vae: Any, scenes: int = 200) -> float:
+    """Mean PSNR in dB of scenes of other seeds, there and back."""
+    import numpy as np
+
+    from attnctl.glyph.scenes import Renderer
+    from attnctl.glyph.train.autoencoder import pixels, psnr
+
+    values = pixels(np.stack([Renderer(stream=5).scene(k, "all").image for k in range(scenes)]))
+    again = [vae.decode(vae.encode(some).latent_dist.mode()).sample for some in values.split(20)]
+    return psnr(values, torch.cat(again))
+
+
+def card(found: dict[str, Any], made: dict[str, Any], pipe: Any) -> str:
+    """The model card, in Markdown."""
+    size = sum(p.numel() for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters())
+    q = found["quality"]
+    sweep = [
+        f"| {s['guidance']:g} | {s['singles']:.1%} | {s['colours']:.1%} | {s['present']:.1%} |" for s in found["sweep"]
+    ]
+    maps = [f"| {t} | {m['pointing']:.1%} | {m['share']:.2f} |" for t, m in found["maps"].items()]
+    return f"""# glyph-sd
+
+A small Stable Diffusion, trained from nothing on the glyph world: 12 animals and 12 objects in 11 colours, 128 x 128.
+An ordinary diffusers folder: `attnctl.load("glyph-sd")`, or `StableDiffusionPipeline.from_pretrained` on it.
+
+- Size: {size:,} parameters, half precision. Autoencoder: f = 8, {pipe.vae.config.latent_channels} channels,
+  {found["autoencoder_psnr"]:.1f} dB PSNR on scenes of other seeds. Text encoder: token and position embeddings without
+  a layer, so that a word's meaning sits in its own token. Prediction: v.
+- Data: {made["scenes"]:,} scenes of one to three things, drawn by `attnctl.glyph.scenes` with their captions. The pairs
+  in `attnctl.glyph.words.HELD_OUT` never appear together.
+- Training: `python -m attnctl.glyph.train autoencoder`, then `python -m attnctl.glyph.train sd`: {made["steps"]:,}
+  steps of {made["batch"]}, seed {made["seed"]}, grounding loss {made["grounding"]:g}, on a CPU.
+- Scores: `python -m attnctl.glyph.train score`; the judge reads the pictures. 20 steps of DDIM.
+
+## Pictures, at guidance {found["guidance"]:g}
+
+| what | right |
+|---|---|
+| "a X": X and nothing else | {q["singles"]:.1%} |
+| "a C O": the object in its colour | {q["colours"]:.1%} |
+| pairs of animals, both present | {q["present"]:.1%} |
+| ... pairs seen in training | {q["present_seen"]:.1%} |
+| ... pairs left out of training | {q["present_held_out"]:.1%} |
+
+Pairs are meant to fail at times, as those of large models do: that is what controls repair.
+
+## Guidance, on a part of the prompts
+
+| scale | single things | colours | both animals |
+|---|---|---|---|
+{chr(10).join(sweep)}
+
+## Word maps, on scenes of held-out pairs with noise added
+
+Mean over heads and layers at 16 x 16. Pointing: the map of a noun peaks on its own thing. Own share: its mass there
+over its mass on both things.
+
+| t | pointing | own share |
+|---|---|---|
+{chr(10).join(maps)}
+
+## Licence
+
+Apache-2.0. Trained on pictures rendered with Noto Color Emoji (noto-emoji project, copyright 2013-2017 Google Inc. and
+Arjen Nienhuis; image sources under Apache-2.0, font under the SIL Open Font License 1.1), which is not contained.
+"""

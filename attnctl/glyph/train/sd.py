@@ -1,7 +1,9 @@
 """glyph-sd: a small Stable Diffusion on the glyph world."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,7 +72,7 @@ def new_text_encoder() -> CLIPTextModel:
 
 
 def _positions(model: CLIPTextModel) -> nn.Embedding:
-    return next(m for name, m in model.named_modules() if name.endswith("position_embedding"))  # type: ignore[return-value]
+    return next(m for name, m in model.named_modules() if name.endswith("position_embedding"))
 
 
 def new_unet(channels: int) -> UNet2DConditionModel:
@@ -141,13 +143,15 @@ class Denoising:
     ) -> None:
         self.vae: AutoencoderKL = AutoencoderKL.from_pretrained(vae).to(device).eval().requires_grad_(False)
         self.device, self.grounding, self.batch = device, grounding, batch
+        self.made_by = {"steps": 0, "batch": batch, "scenes": scenes, "seed": seed, "grounding": grounding}
         self.tokenizer, self.scheduler = build_tokenizer(), new_scheduler()
         self.alphas = self.scheduler.alphas_cumprod.to(device)
         self.data = self._data(scenes, seed, cache)
         self.empty = owners(self.tokenizer, [""])[0].to(device)
         torch.manual_seed(seed)
         parts = {"unet": new_unet(self.vae.config.latent_channels), "text": new_text_encoder()}
-        self.network: nn.Module = nn.ModuleDict(parts).to(device).to(memory_format=torch.channels_last)
+        self.network: Any = nn.ModuleDict(parts).to(device)
+        self.network.to(memory_format=torch.channels_last)
 
     def _data(self, scenes: int, seed: int, cache: Path) -> dict[str, Tensor]:
         """Latents, token ids, owners and masks of all training scenes; kept on disk, as drawing takes minutes."""
@@ -159,6 +163,7 @@ class Denoising:
         return load_file(file)
 
     def loss(self, step: int, rng: torch.Generator) -> Losses:
+        self.made_by["steps"] = step + 1
         which = torch.randint(len(self.data["ids"]), (self.batch,), generator=rng)
         rows = {key: value[which].to(self.device) for key, value in self.data.items()}
         # Evenly spread over the noise levels, which makes the loss of a batch less noisy.
@@ -169,9 +174,9 @@ class Denoising:
         ids = torch.where(dropped[:, None], self.empty, rows["ids"].long())
         owner = rows["owner"].long().masked_fill(dropped[:, None], -1)
         noisy, velocity = noised(self.alphas[t], rows["latents"].float(), noise)
-        with eager(self.network["unet"]) as attention:  # type: ignore[index]
-            text = self.network["text"](ids).last_hidden_state  # type: ignore[index]
-            got = self.network["unet"](noisy.contiguous(memory_format=torch.channels_last), t, text).sample  # type: ignore[index]
+        with eager(self.network["unet"]) as attention:
+            text = self.network["text"](ids).last_hidden_state
+            got = self.network["unet"](noisy.contiguous(memory_format=torch.channels_last), t, text).sample
         snr = self.alphas[t] / (1 - self.alphas[t])
         squared = F.mse_loss(got, velocity, reduction="none").mean((1, 2, 3))
         losses = {"velocity": (squared * snr.clamp(max=5) / (snr + 1)).mean()}
@@ -182,11 +187,11 @@ class Denoising:
             losses["grounding"] = self.grounding * ground
         return losses
 
-    def pipeline(self, network: nn.Module) -> StableDiffusionPipeline:
+    def pipeline(self, network: Any) -> StableDiffusionPipeline:
         pipe = StableDiffusionPipeline(
-            unet=network["unet"],  # type: ignore[index]
+            unet=network["unet"],
             vae=self.vae,
-            text_encoder=network["text"],  # type: ignore[index]
+            text_encoder=network["text"],
             tokenizer=self.tokenizer,
             scheduler=self.scheduler,
             safety_checker=None,
@@ -196,7 +201,7 @@ class Denoising:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def report(self, network: nn.Module, folder: Path, step: int) -> str:
+    def report(self, network: Any, folder: Path, step: int) -> str:
         seeds = [torch.Generator().manual_seed(k) for k in range(len(PROMPTS))]
         images = self.pipeline(network)(
             list(PROMPTS), num_inference_steps=20, guidance_scale=5.0, generator=seeds, output_type="np"
@@ -207,6 +212,7 @@ class Denoising:
             f"t={t}: {score.pointing:.1%} / {score.share:.2f}" for t, score in scores.items()
         )
 
-    def export(self, network: nn.Module, folder: Path) -> None:
-        """Writes folder/glyph-sd, in half precision."""
+    def export(self, network: Any, folder: Path) -> None:
+        """Writes folder/glyph-sd, in half precision, and how it was made."""
         self.pipeline(network.to("cpu")).to(torch.float16).save_pretrained(folder / "glyph-sd")
+        (folder / "glyph-sd" / "training.json").write_text(json.dumps(self.made_by, indent=1) + "\n")
