@@ -20,7 +20,8 @@ class Report:
         family: which record describes the denoiser.
         sites: for each control, the names of the sites it acts at.
         calls: conditional denoiser calls of the latest pipeline call.
-        foreign: sites where somebody else has set another processor since, so controls do not act there.
+        foreign: sites where somebody has set another processor since and no pipeline call has followed, or one that
+            cannot be controlled.
     """
 
     family: str
@@ -32,7 +33,7 @@ class Report:
         lines = [f"{self.family}, {self.calls} denoiser calls"]
         lines += [f"{name}: {len(sites)} sites" for name, sites in self.sites]
         if self.foreign:
-            lines.append(f"out of reach (another processor was set): {', '.join(self.foreign)}")
+            lines.append(f"another processor was set: {', '.join(self.foreign)}")
         return "\n".join(lines)
 
 

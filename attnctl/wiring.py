@@ -20,7 +20,13 @@ from torch import Tensor, nn
 
 from . import denoiser as calls
 from .control import AttentionCall, Control, Lane, nest
-from .errors import AttnctlError, BusyError, ControlError, UnsupportedProcessorError
+from .errors import (
+    AttnctlError,
+    BusyError,
+    ControlError,
+    UnsupportedPipelineError,
+    UnsupportedProcessorError,
+)
 from .families import Family, family_of, unwrap
 from .gradient import Watch, frozen
 from .patch import Patch
@@ -61,6 +67,8 @@ class Wiring:
         self.resting: ExitStack | None = None  # while controls themselves run; a denoiser they call is a plain one
         self.frozen = False  # while a control may differentiate what a probe recorded
         self.owner: int | None = None  # the thread of the run under way
+        self.serial = 0  # pipeline calls so far
+        self.calling: dict[int, int] = {}  # thread -> the call it is in, as far as we know
         self.branch: tuple[str, dict[str, Any], ExitStack] | None = None  # the cache_context we are in
 
     @classmethod
@@ -126,6 +134,13 @@ class Wiring:
             self.seats[name] = Seat(self.model, self.modules[name], partial(self._attend, self.sites[name]))
         self.chains = chains
 
+    def _reseat(self) -> None:
+        """Sit down on processors that were set since, as loading an IP-Adapter does, where they can be controlled."""
+        for name, seat in self.seats.items():
+            if not seat.in_place() and reachable(self.modules[name]):
+                seat.restore()
+                self.seats[name] = Seat(self.model, self.modules[name], partial(self._attend, self.sites[name]))
+
     def refresh(self) -> None:
         """Patch what the pipeline holds now: between calls, schedulers get swapped and denoisers compiled."""
         outer = getattr(self.pipe, self.family.denoiser)
@@ -157,7 +172,7 @@ class Wiring:
     def _on_encode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.heard is None:  # a pipeline without check_inputs, or somebody encoding by hand
             self._arrive()
-        bound = inspect.signature(original).bind(*args, **kwargs)
+        bound = inspect.signature(type(self.pipe).encode_prompt).bind(self.pipe, *args, **kwargs)
         bound.apply_defaults()
         self.heard = [*(self.heard or []), bound.arguments]
         return original(*args, **kwargs)
@@ -168,13 +183,18 @@ class Wiring:
             self._busy()
         self.finish()
         self.owner, self.heard = threading.get_ident(), []
+        self.serial += 1
+        self.calling[self.owner] = self.serial
         self.refresh()
 
     def _stay(self) -> None:
-        """A pipeline call goes on."""
-        if self.owner is None:
-            self.owner = threading.get_ident()
-        if self.owner != threading.get_ident():
+        """A pipeline call goes on, unless another thread has begun one meanwhile, which has spoilt the scheduler."""
+        me = threading.get_ident()
+        if self.calling.get(me, self.serial) != self.serial:
+            del self.calling[me]
+            self._busy()
+        self.owner = me if self.owner is None else self.owner
+        if self.owner != me:
             self._busy()
 
     def _busy(self) -> None:
@@ -229,10 +249,15 @@ class Wiring:
         family, raw, timestep = self.family, arguments[self.family.sample], arguments.get("timestep")
         run = self.run
         if run is None:
+            if self.heard == []:
+                raise UnsupportedPipelineError(
+                    f"{type(self.pipe).__name__} drew without calling encode_prompt, so its rows cannot be told apart"
+                )
             given = next((a.prompt for a in self.attachments if a.prompt is not None), None)
             heard = self.heard[0] if self.heard else None  # the second, if any, is FLUX's negative prompt
             run = self.run = calls.start_run(family, self.pipe, self.model, arguments, heard, given)
             self.solved = 0
+            self._reseat()
         for attachment in self.attachments:
             attachment.latest = run
         extra = arguments.get("skip_layers") is not None
@@ -273,12 +298,14 @@ class Wiring:
         self._stay()
         sample, self.sample = self.sample, None
         if sample is not None and sample.edited is not None:
-            bound = inspect.signature(original).bind(*args, **kwargs)
+            scheduler = self.patches["step"].owner
+            bound = inspect.signature(type(scheduler).step).bind(scheduler, *args, **kwargs)
             bound.arguments["sample"] = calls.stepped(sample, bound.arguments["sample"])
-            args, kwargs = bound.args, bound.kwargs
+            args, kwargs = bound.args[1:], bound.kwargs
         result = original(*args, **kwargs)
         self.solved += 1
         if self.run is not None and self.solved == self.run.steps:
+            self.calling.pop(threading.get_ident(), None)
             self.finish()
         return result
 

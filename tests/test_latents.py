@@ -97,10 +97,17 @@ def test_edits_reach_the_second_call_of_sequential_guidance():
 
 
 def test_edits_add_up_over_controls():
+    @dataclass(frozen=True)
+    class Add(Control):
+        amount: float
+
+        def before_denoise(self, step):
+            step.latents = step.latents + self.amount
+
     pipe = tiny.sd1()
-    with attach(pipe, Push(0.1), Push(0.2)):
+    with attach(pipe, Add(0.1), Add(0.2)):
         both = tiny.draw(pipe)
-    with attach(pipe, Push(0.3)):
+    with attach(pipe, Add(0.3)):
         once = tiny.draw(pipe)
     torch.testing.assert_close(both, once, rtol=1e-4, atol=1e-4)
 

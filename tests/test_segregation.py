@@ -1,11 +1,16 @@
 import math
 from types import SimpleNamespace
 
+import diffusers
 import pytest
+import tiny
 import torch
+from eager import written_out
 
+import attnctl
+from attnctl import attach
 from attnctl.errors import ControlError, NoSiteError, PhraseError
-from attnctl.processors import Segregation
+from attnctl.processors import Control, Segregation, TokenMaps
 from attnctl.processors.map_gradient import (
     blur,
     coarsest,
@@ -13,6 +18,7 @@ from attnctl.processors.map_gradient import (
     descend,
     gradients,
     phrase_maps,
+    read_maps,
     step_size,
     wanted,
 )
@@ -215,9 +221,7 @@ def test_joint_models_are_read_in_the_middle():
 
 
 def test_phrases_of_each_prompt():
-    from tiny import clip_tokenizer
-
-    tokenizer = clip_tokenizer()
+    tokenizer = tiny.clip_tokenizer()
     texts = [(TextStream(tokenizer, prompt),) for prompt in ("a cat and a dog", "a red cat", "a dog and a dog")]
     some = wanted(texts, ["cat", "dog"], whole_prompt=False)
     assert some.present.tolist() == [[True, True], [True, False], [False, True]]
@@ -244,3 +248,186 @@ def test_settings_out_of_range():
     one = Segregation("cat", ("cat", "dog"), strength=0.5)
     assert one.phrases == ("cat", ("cat", "dog")) and one == Segregation("cat", ("cat", "dog"), strength=0.5)
     assert "strength=0.5" in repr(one) and hash(one)
+
+
+# --- on pipelines -----------------------------------------------------------------------------------------------------
+
+TEXTS = ["a cat and a dog", "a red dog and a blue cat", "a dog, a cat"]
+
+
+@pytest.fixture(scope="module")
+def pipes():
+    return {name: make() for name, make in tiny.FAMILIES.items()}
+
+
+class Watched(Segregation):
+    """Keeps what every update was made of."""
+
+    def begin(self, run):
+        object.__setattr__(self, "seen", [])
+        return super().begin(run)
+
+    def _update(self, step, trace, latents):
+        moved = super()._update(step, trace, latents)
+        with torch.enable_grad():
+            z = latents.clone().requires_grad_()
+            loss = segregation_loss(
+                phrase_maps(read_maps(step, z, trace.sites, trace.wanted.tokens), trace.wanted, trace.preparation),
+                trace.pairs,
+                trace.wanted.present,
+            )
+            gradient = torch.autograd.grad(loss.sum(), z)[0]
+        self.seen.append(SimpleNamespace(step=step, before=latents, after=moved, loss=loss.detach(), gradient=gradient))
+        return moved
+
+
+def full_pass(pipe, control, trace, seen, images):
+    """The same loss and gradient from an ordinary forward to the end, with attention written out."""
+    model, step = tiny.denoiser(pipe), seen.step
+    arguments = {
+        name: value[step.rows.cond] if isinstance(value, torch.Tensor) and value.ndim and len(value) == step.rows.total
+        else {k: v[step.rows.cond] for k, v in value.items()} if isinstance(value, dict) else value
+        for name, value in step.arguments.items()
+    }  # fmt: skip
+    z = seen.before.clone().requires_grad_()
+    arguments[next(iter(arguments))] = z * step.scale
+    sites = attnctl.sites(pipe)
+    with written_out(model) as forwards, torch.enable_grad():
+        model(**arguments)
+        maps = []
+        for site in trace.sites:
+            p = forwards[0][sites.index(site)]
+            h, w = site.grid(*step.run.latent_size)
+            if site.kind == "joint":
+                text = p.shape[-1] - h * w
+                p = p[:, :, text:, :text] if site.order == "text-first" else p[:, :, : h * w, h * w :]
+            maps.append(torch.stack([p[i].mean(0)[:, trace.wanted.tokens[i]] for i in range(images)]))
+        mean = torch.stack(maps).mean(0).mT.unflatten(-1, (h, w))
+        prepared = phrase_maps(mean, trace.wanted, trace.preparation)
+        loss = segregation_loss(prepared, trace.pairs, trace.wanted.present)
+        return loss.detach(), torch.autograd.grad(loss.sum(), z)[0]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("many_keys", [False, True])
+def test_the_gradient_of_the_stopped_forward_is_that_of_the_whole(pipes, family, many_keys, monkeypatch):
+    if many_keys:  # the fused route, which these small models would not take
+        monkeypatch.setattr("attnctl.probabilities.FEW", 0)
+    pipe, control = pipes[family], Watched("cat", "dog")
+    with attach(pipe, control) as run:
+        tiny.draw(pipe, TEXTS)
+    trace, seen = run.run.state(control), control.seen
+    assert len(seen) == 2 and len(trace.losses) == 2
+    for one, losses in zip(seen, trace.losses, strict=True):
+        loss, gradient = full_pass(pipe, control, trace, one, 3)
+        torch.testing.assert_close(losses, loss, atol=1e-6, rtol=1e-4)
+        length = gradient.norm()
+        assert length > 0 and (one.gradient - gradient).norm() < 2e-3 * length
+        if family in ("sd1", "sdxl"):  # in units where latents have variance 1, the step is Attend-and-Excite's
+            size = step_size(one.step.index, 2)
+            in_units = (one.after - one.before) * one.step.scale, -size * one.gradient / one.step.scale
+            torch.testing.assert_close(*in_units, atol=1e-5, rtol=1e-2)
+            assert (one.step.scale < 0.5) == (family == "sdxl" and one.step.index == 0)  # Euler starts at sigma 14
+        else:
+            share = (one.after - one.before).flatten(1).norm(dim=1) / one.before.flatten(1).norm(dim=1)
+            torch.testing.assert_close(share, torch.full((3,), 0.02), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_small_steps_lower_the_loss(pipes, family):
+    control = Segregation("cat", "dog", relative=2e-3, updates=4, window=(0, 0.5))
+    with attach(pipes[family], control) as run:
+        tiny.draw(pipes[family], TEXTS)
+    losses = torch.stack(run.run.state(control).losses)  # (updates, images)
+    assert losses.shape == (4, 3) and (losses.diff(dim=0) < 0).all()
+    assert "4 updates" in str(run.run.state(control))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_batch_is_what_its_pictures_are_alone(pipes, family):
+    pipe = pipes[family]
+    control = Segregation("cat", "dog", "red", relative=0.05)
+    with attach(pipe, control) as run:
+        batch = tiny.draw(pipe, TEXTS)
+        together = torch.stack(run.run.state(control).losses, dim=1)
+    for i, text in enumerate(TEXTS):
+        phrases = [phrase for phrase in ("cat", "dog", "red") if phrase in text]
+        control = Segregation(*phrases, relative=0.05)
+        with attach(pipe, control) as run:
+            alone = tiny.draw(pipe, text, seed=i)
+            torch.testing.assert_close(torch.cat(run.run.state(control).losses), together[i], atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(alone[0], batch[i], atol=2e-3 * float(alone.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_strength_zero_changes_no_bit(pipes, family):
+    pipe, still = pipes[family], Segregation("cat", "dog", strength=0)
+    plain = tiny.draw(pipe, TEXTS)
+    with attach(pipe, still, TokenMaps()) as run:
+        assert torch.equal(tiny.draw(pipe, TEXTS), plain)
+    assert str(run.run.state(still)) == "no update"
+    with attach(pipe, Segregation("cat", "dog", window=(0.6, 1)), TokenMaps()):
+        assert torch.equal(tiny.draw(pipe, TEXTS), plain)  # of two steps none lies there
+
+
+def test_phrases_that_are_not_there(pipes):
+    pipe = pipes["sd1"]
+    for phrases, texts in (
+        (("cat", "bird"), ["a cat and a dog"]),
+        (("cat", "dog"), ["a cat and a dog", "a cat"]),
+        ((("cat", "dog"), ("red", "blue")), ["a cat and a dog", "a blue cat", "red and blue"]),
+    ):
+        with (
+            attach(pipe, Segregation(*phrases)),
+            pytest.raises(PhraseError, match="not in the prompt; its words are"),
+        ):
+            tiny.draw(pipe, texts)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd35", "flux"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(family, dtype):
+    pipe = tiny.FAMILIES[family]()
+    control = Segregation("cat", "dog", relative=0.02)
+    with attach(pipe, control) as run:
+        tiny.draw(pipe, TEXTS)
+        want = run.run.state(control).losses[0]
+        tiny.draw(pipe.to(dtype), TEXTS)
+    trace = run.run.state(control)
+    assert not trace.skipped.any() and all(one.dtype == torch.float32 for one in trace.losses)
+    torch.testing.assert_close(trace.losses[0], want, atol=0.02, rtol=0)
+
+
+class Loud(Segregation):
+    """Scales the second image's loss beyond what half precision can hold."""
+
+    def begin(self, run):
+        trace = super().begin(run)
+        trace.scale[1] = 2.0**60
+        return trace
+
+
+def test_an_update_that_overflows_is_skipped_for_its_image_alone():
+    pipe, control = tiny.sd1().to(torch.float16), Loud("cat", "dog")
+    moves = []
+
+    class Moves(Control):
+        def before_denoise(self, step):
+            moves.append(step.latents - step.sample.base)
+
+    with attach(pipe, control, Moves()) as run:
+        picture = tiny.draw(pipe, TEXTS, steps=2)
+    trace = run.run.state(control)
+    assert picture.isfinite().all()
+    assert trace.skipped.tolist() == [0, 2, 0] and trace.scale.tolist() == [2.0**12, 2.0**52, 2.0**12]
+    assert "skipped [0, 2, 0]" in str(trace)
+    assert [move.flatten(1).any(1).tolist() for move in moves] == [[True, False, True]] * 2
+
+
+@pytest.mark.parametrize("scheduler", ["PNDMScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_every_denoiser_call_gets_an_update(scheduler):
+    pipe, control = tiny.sd1(), Segregation("cat", "dog")
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    with attach(pipe, control) as run:
+        assert tiny.draw(pipe, steps=6).isfinite().all()
+    assert len(run.run.state(control).losses) == run.run.calls == run.run.steps >= 6

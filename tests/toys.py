@@ -68,13 +68,14 @@ class Output(Identity):
 
 @dataclass(frozen=True)
 class Push(Control):
-    """Moves the latents before every step by a pattern of their own shape."""
+    """Moves the latents before every step by a pattern of their own shape, as strong as they are."""
 
-    strength: float = 0.1
+    strength: float = 0.3
 
     def before_denoise(self, step: Step) -> None:
         if self.strength:
-            step.latents = step.latents + self.strength * pattern(step.latents)
+            latents = step.latents
+            step.latents = latents + self.strength * size(latents) * pattern(latents)
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Descend(Identity):
     """Moves the latents down the gradient of how much the first words are attended to."""
 
     lane: ClassVar[Lane] = Lane.GRADIENT
-    strength: float = 1.0
+    strength: float = 0.3
     where: Selection = ("cross", "joint")
 
     def before_denoise(self, step: Step) -> None:
@@ -105,14 +106,19 @@ class Descend(Identity):
         with torch.enable_grad():
             loss = torch.stack([self.loss(call) for call in calls]).sum()
         (gradient,) = torch.autograd.grad(loss, leaf)
-        norm = gradient.flatten(1).norm(dim=1).clamp_min(1e-12).reshape(-1, *[1] * (leaf.ndim - 1))
-        step.latents = leaf - self.strength * gradient / norm
+        step.latents = leaf - self.strength * size(leaf) * gradient / size(gradient)
 
     @staticmethod
     def loss(call: AttentionCall) -> Tensor:
         words = call.k[:, :, call.text][:, :, 1:4].float()
         logits = call.q[:, :, call.image].float() @ words.transpose(-1, -2) * call.q.shape[-1] ** -0.5
         return logits.mean((1, 2, 3)).sum()
+
+
+def size(latents: Tensor) -> Tensor:
+    """Root mean square of each row, shaped to multiply with."""
+    squares = latents.detach().double().flatten(1).square().mean(1).clamp_min(1e-36)
+    return squares.sqrt().reshape(-1, *[1] * (latents.ndim - 1)).to(latents)
 
 
 def pattern(like: Tensor) -> Tensor:

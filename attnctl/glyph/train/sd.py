@@ -149,9 +149,8 @@ class Denoising:
         self.data = self._data(scenes, seed, cache)
         self.empty = owners(self.tokenizer, [""])[0].to(device)
         torch.manual_seed(seed)
-        parts = {"unet": new_unet(self.vae.config.latent_channels), "text": new_text_encoder()}
-        self.network: Any = nn.ModuleDict(parts).to(device)
-        self.network.to(memory_format=torch.channels_last)
+        unet = new_unet(self.vae.config.latent_channels).to(memory_format=torch.channels_last)
+        self.network: Any = nn.ModuleDict({"unet": unet, "text": new_text_encoder()}).to(device)
 
     def _data(self, scenes: int, seed: int, cache: Path) -> dict[str, Tensor]:
         """Latents, token ids, owners and masks of all training scenes; kept on disk, as drawing takes minutes."""
