@@ -1,0 +1,88 @@
+"""Which controls keep the contracts. A new control joins with one line in `CASES`; every rule is then checked on it.
+
+The rules are those of tests/contracts: identity and restoration, refusals, independent rows, sizes and dtypes,
+neighbours (LoRA, IP-Adapter, ControlNet, compile, ...), threads. All are checked on every family of `tiny.FAMILIES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from toys import Bias, Descend, Guide, Identity, Output, Push
+
+from attnctl.control import Control
+
+
+@dataclass(frozen=True)
+class Case:
+    """How to make one control for the prompt `tiny.TEXT`, "a cat and a dog".
+
+    Attributes:
+        acting: at a strength that shows.
+        still: at zero strength; the picture must not change by a single bit.
+        moves: False if the control only watches, so that `acting` must not change the picture either.
+        families: where it can be used.
+    """
+
+    acting: Callable[[], Control]
+    still: Callable[[], Control]
+    moves: bool = True
+    families: tuple[str, ...] = tuple(tiny.FAMILIES)
+
+
+CASES = {
+    "identity": Case(Identity, Identity, moves=False),
+    "bias": Case(Bias, lambda: Bias(strength=0.0)),
+    "output": Case(Output, lambda: Output(strength=0.0)),
+    "latents": Case(Push, lambda: Push(strength=0.0)),
+    "guide": Case(Guide, lambda: Guide(strength=0.0)),
+    "gradient": Case(Descend, lambda: Descend(strength=0.0)),
+}
+
+PAIRS = [pytest.param(case, name, id=f"{label}-{name}") for label, case in CASES.items() for name in case.families]
+every_pair = pytest.mark.parametrize(("case", "family"), PAIRS)
+on_unet = pytest.mark.parametrize(
+    "case", [pytest.param(case, id=label) for label, case in CASES.items() if "sd1" in case.families]
+)
+
+
+def trace(pipe: Any) -> dict[str, Any]:
+    """All that an attachment could leave behind on a pipeline; equal before and after, or the contract is broken."""
+    model = getattr(tiny.denoiser(pipe), "_orig_mod", tiny.denoiser(pipe))
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs")
+    return {
+        "pipeline": sorted(vars(pipe)),
+        "scheduler": sorted(vars(pipe.scheduler)),
+        "modules": {name: sorted(vars(module)) for name, module in model.named_modules()},
+        "outer": sorted(vars(tiny.denoiser(pipe))),
+        "hooks": {name: [len(getattr(m, hook)) for hook in hooks] for name, m in model.named_modules()},
+        "processors": {name: (id(p), sorted(vars(p))) for name, p in model.attn_processors.items()},
+        "gradients": [parameter.requires_grad for parameter in model.parameters()],
+        "training": model.training,
+        "encode_prompt": getattr(pipe.encode_prompt, "__func__", None),
+        "step": getattr(pipe.scheduler.step, "__func__", None),
+    }
+
+
+def weights(pipe: Any) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in tiny.denoiser(pipe).state_dict().items()}
+
+
+def same_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def close(got: Tensor, want: Tensor, tolerance: float = 1e-4) -> bool:
+    """Equal up to what another batch size does to the order of sums."""
+    return bool((got.float() - want.float()).abs().max() <= tolerance * want.float().abs().max())
+
+
+def differs(got: Tensor, want: Tensor) -> bool:
+    """Different by more than that."""
+    return not close(got, want, 1e-3)
