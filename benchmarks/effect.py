@@ -28,6 +28,7 @@ from attnctl.control import Control
 from attnctl.glyph import judge
 from attnctl.glyph.words import Prompt, benchmark, is_held_out
 from attnctl.loading import USUAL
+from attnctl.recipe import weights_hash
 
 CATEGORIES = ("animals", "animal-object", "objects")
 
@@ -215,7 +216,8 @@ def main(
     picked, seeds = (subset(prompts), 1) if subset_only else (list(range(len(prompts))), seeds)
     cases = [Case(k, seed, name) for name in dict.fromkeys(controls) for seed in range(seeds) for k in picked]
 
-    setting = {"model": model, "weights": weights_digest(pipe), "steps": steps, "guidance": guidance}
+    setting = {"model": model, "weights": weights_hash(pipe), "steps": steps, "guidance": guidance}
+    setting["judge"] = sha256((judge.SHIPPED / "judge.safetensors").read_bytes()).hexdigest()
     folder = out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     note, log = out / "setting.json", out / "results.jsonl"
@@ -248,14 +250,6 @@ def main(
     contact_sheet(prompts, cases, done, folder).save(out / "sheet.png")
     show(table, console)
     console.print(f"{out / 'effect.json'}\n{out / 'sheet.png'}")
-
-
-def weights_digest(pipe: Any) -> str:
-    """Tells trainings of one architecture apart."""
-    digest = sha256()
-    for name, value in sorted(pipe.unet.state_dict().items()):
-        digest.update(name.encode() + value.float().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 if __name__ == "__main__":
