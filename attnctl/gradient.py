@@ -99,11 +99,16 @@ def frozen(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """Modules compiled in place run as written: a compiled graph can neither stop half-way nor record autograd."""
-    compiled = [(m, vars(m)["_compiled_call_impl"]) for m in model.modules() if "_compiled_call_impl" in vars(m)]
+    found: list[tuple[dict[str, Any], str, Any, Any]] = []  # (attributes, name, as it is, as written)
+    for attributes in map(vars, model.modules()):
+        if (call := attributes.get("_compiled_call_impl")) is not None:  # module.compile()
+            found.append((attributes, "_compiled_call_impl", call, None))
+        if written := getattr(attributes.get("forward"), "_torchdynamo_orig_callable", None):
+            found.append((attributes, "forward", attributes["forward"], written))  # forward = torch.compile(forward)
     try:
-        for module, _ in compiled:
-            vars(module)["_compiled_call_impl"] = None
+        for attributes, name, _, written in found:
+            attributes[name] = written
         yield
     finally:
-        for module, call in compiled:
-            vars(module)["_compiled_call_impl"] = call
+        for attributes, name, call, _ in found:
+            attributes[name] = call

@@ -42,18 +42,17 @@ def facts(attn: Any) -> tuple[int, int, bool, bool]:
 
 def reachable(attn: Any) -> bool:
     """True if the module's processor ends in one of the two names."""
-    return bool(_ends(type(attn.processor).__call__))
+    call = type(attn.processor).__call__
+    return isinstance(call, types.FunctionType) and bool(_ends(call))
 
 
 def _ends(fn: Any) -> set[str]:
     """Globals through which a function reaches fused attention: the two names, or helpers of its own module."""
-    if not isinstance(fn, types.FunctionType):
-        return set()
     names, scope = set(fn.__code__.co_names), fn.__globals__
     uses_f = {"F", "scaled_dot_product_attention"} <= names and scope.get("F") is F
     found = {"dispatch_attention_fn", *(["F"] if uses_f else [])} & names
-    helpers = {n: scope[n] for n in names if isinstance(scope.get(n), types.FunctionType) and scope[n] is not fn}
-    return found | {n for n, helper in helpers.items() if helper.__module__ == fn.__module__ and _ends(helper)}
+    helpers = (n for n in names if n in scope and scope[n] is not fn and isinstance(scope[n], types.FunctionType))
+    return found | {n for n in helpers if scope[n].__module__ == fn.__module__ and _ends(scope[n])}
 
 
 def _rebind(fn: Any, sdpa: Callable[..., Tensor], dispatch: Callable[..., Tensor]) -> types.FunctionType:
@@ -88,16 +87,17 @@ def _program(cls: type) -> type:
 
     def dispatch(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False,
                  attention_kwargs=None, *, backend=None, parallel_config=None):  # fmt: skip
-        options = {"attention_kwargs": attention_kwargs, "backend": backend, "parallel_config": parallel_config}
-        return core(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, options)
+        own = {"attention_kwargs": attention_kwargs, "backend": backend, "parallel_config": parallel_config}
+        return core(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, own)
 
     body = _rebind(cls.__call__, sdpa, dispatch)
 
     def __call__(self, attn, *args, **kwargs):
         cell.seat, cell.index = self._attnctl_seat, 0
-        out = body(self, attn, *args, **kwargs)
-        cell.seat = None  # the program outlives the attachment; what it points to must not
-        return out
+        try:
+            return body(self, attn, *args, **kwargs)
+        finally:
+            cell.seat = None  # the program outlives the attachment; what it points to must not
 
     __call__.__wrapped__ = cls.__call__  # type: ignore[attr-defined]  # callers filter kwargs by its signature
     members = {

@@ -150,6 +150,23 @@ def test_released_pipeline_is_freed():
     assert gone() is None
 
 
+def test_failure_in_a_control_keeps_nothing_alive():
+    class Fails(Identity):
+        def attend(self, call, proceed):
+            raise RuntimeError
+
+    pipe = tiny.sd1()
+    with attach(pipe, Fails()):
+        try:
+            tiny.draw(pipe, steps=1)
+        except RuntimeError:
+            pass
+    gone = weakref.ref(pipe.unet)
+    del pipe
+    gc.collect()
+    assert gone() is None
+
+
 def test_forgotten_attachment_is_freed_with_its_pipeline():
     pipe = tiny.sd1()
     attachment = attach(pipe, Identity())
