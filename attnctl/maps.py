@@ -108,7 +108,9 @@ class Maps:
         if not any(found):
             raise PhraseError("there is nothing to record: the prompts have no words")
         most = max(map(len, found))
-        self._tokens = torch.tensor([rows + [0] * (most - len(rows)) for rows in found])  # (images, tokens), 0 fills up
+        filled = [rows + [0] * (most - len(rows)) for rows in found]
+        alike = all(rows == filled[0] for rows in filled)
+        self._tokens = torch.tensor(filled[0] if alike else filled)  # (tokens,) or (images, tokens)
         self._last = max(rows[-1] for rows in found if rows)
         self._sums: dict[tuple[int | None, int | None, Grid], _Sum] = {}
         self._names: dict[str, int] = {}
@@ -235,7 +237,7 @@ class Maps:
 
     def _columns(self, phrase: str) -> Tensor:
         """(images, tokens): 1 where a recorded token is part of the phrase."""
-        columns = torch.zeros(self._tokens.shape)
+        columns = torch.zeros(self.images, self._tokens.shape[-1])
         for image, rows in enumerate(self._find(phrase)):
             if not set(rows) <= set(self._rows[image]):
                 raise PhraseError(f"{phrase!r} was not recorded; recorded are: {', '.join(self.words)}")

@@ -46,7 +46,6 @@ def token_maps(
         on the one-hot route, which runs in q's. Differentiable if lse is None.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    tokens = tokens.expand(q.shape[0], -1) if tokens.ndim == 1 else tokens  # (batch, tokens)
     if lse is not None:
         return known(q, k, tokens, scale, bias, lse)
     if k.shape[2] <= FEW:
@@ -56,29 +55,35 @@ def token_maps(
 
 def known(q: Tensor, k: Tensor, tokens: Tensor, scale: float, bias: Tensor | None, lse: Tensor) -> Tensor:
     """`token_maps` where the row's log-sum-exp is known."""
-    k = torch.take_along_dim(k, tokens[:, None, :, None], dim=2)  # (batch, heads, tokens, head_dim)
+    k = _pick(k, tokens, 2)  # (batch, heads, tokens, head_dim)
     if bias is not None and bias.shape[-1] > 1:
-        bias = bias[(None,) * (4 - bias.ndim)]
-        bias = torch.take_along_dim(bias, tokens[:, None, None, :], dim=3)
+        bias = _pick(bias[(None,) * (4 - bias.ndim)], tokens, 3)
     return torch.exp(_logits(q, k, scale, bias) - lse.unsqueeze(-1))
 
 
 def direct(q: Tensor, k: Tensor, tokens: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """`token_maps` by the plain softmax."""
     every = torch.softmax(_logits(q, k, scale, bias), dim=-1)  # (batch, heads, queries, keys)
-    return torch.take_along_dim(every, tokens[:, None, None, :], dim=3)
+    return _pick(every, tokens, 3)
 
 
 def one_hot(q: Tensor, k: Tensor, tokens: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """`token_maps` by fused attention whose values are one-hot, `head_dim` tokens at a time."""
     found = []
-    for part in tokens.split(q.shape[-1], dim=1):
-        v = F.one_hot(part, k.shape[2]).mT.to(q.dtype)  # (batch, keys, tokens)
-        v = F.pad(v, (0, q.shape[-1] - part.shape[1]))  # most kernels want values as wide as keys
-        v = v[:, None].expand(-1, k.shape[1], -1, -1)
+    for part in tokens.split(q.shape[-1], dim=-1):
+        v = F.one_hot(part, k.shape[2]).mT.to(q.dtype)  # (keys, tokens) or (batch, keys, tokens)
+        v = F.pad(v, (0, q.shape[-1] - part.shape[-1]))  # most kernels want values as wide as keys
+        v = v.unsqueeze(-3).expand(k.shape)
         out = F.scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
-        found.append(out[..., : part.shape[1]])
+        found.append(out[..., : part.shape[-1]])
     return torch.cat(found, dim=-1).to(_wide(q))
+
+
+def _pick(x: Tensor, tokens: Tensor, dim: int) -> Tensor:
+    """The named keys of x, whose dimension `dim` is keys."""
+    if tokens.ndim == 1:
+        return x.index_select(dim, tokens)
+    return torch.take_along_dim(x, tokens[:, None, :, None] if dim == 2 else tokens[:, None, None, :], dim=dim)
 
 
 def _wide(q: Tensor) -> torch.dtype:
@@ -102,7 +107,7 @@ def call_maps(call: AttentionCall, rows: slice, tokens: Tensor, lse: Tensor | No
     Args:
         call: the call.
         rows: which rows of the batch.
-        tokens: (rows, tokens), counted from the first text key.
+        tokens: (tokens,) or (rows, tokens), counted from the first text key.
         lse: (batch, heads, queries) of the whole call, if known.
 
     Returns:
@@ -113,9 +118,9 @@ def call_maps(call: AttentionCall, rows: slice, tokens: Tensor, lse: Tensor | No
         bias = bias[(None,) * (4 - bias.ndim)]
         bias = bias[rows] if bias.shape[0] > 1 else bias
         bias = bias[:, :, call.image] if bias.shape[2] > 1 else bias
-    lse = lse[rows][:, :, call.image] if lse is not None else None
-    q = call.q[rows][:, :, call.image]
-    return token_maps(q, call.k[rows], tokens + call.text.start, call.scale, bias, lse)
+    lse = lse[rows, :, call.image] if lse is not None else None
+    tokens = tokens + call.text.start if call.text.start else tokens
+    return token_maps(call.q[rows, :, call.image], call.k[rows], tokens, call.scale, bias, lse)
 
 
 _aten: Any = torch.ops.aten
