@@ -171,15 +171,16 @@ def _largest_part(on: NDArray[np.bool_], mask: Floats) -> NDArray[np.bool_]:
     return on & (part == largest)
 
 
-def box_of(mask: Floats, least: float = 0.3) -> Box:
+def box_of(mask: Floats, least: float = 0.1) -> Box:
     """(x0, y0, x1, y1) in [0, 1] around the largest connected part of a (n, n) mask.
 
-    A cell belongs to it from `least` on; a cell at the edge counts for as much as it is covered.
+    A cell belongs to it from `least` on. Into the cells at its edges it reaches as far as the root of what it covers of
+    them, for what sticks out is narrow: ears, handles, the top of a round thing.
     """
     on = mask >= min(least, mask.max())
     mask = mask * _largest_part(on, mask)
     edges = []
-    for profile in (mask.max(0), mask.max(1)):
+    for profile in np.sqrt([mask.max(0), mask.max(1)]):
         inside = np.flatnonzero(profile)
         first, last = inside[0], inside[-1]
         low, high = first + 1 - profile[first], last + profile[last]

@@ -67,13 +67,13 @@ def sd(
 @app.command()
 def judge(
     out: Out = Path("runs/judge"),
-    steps: Steps = 3500,
+    steps: Steps = 6000,
     minutes: Minutes = 0,
     resume: Resume = False,
     seed: Seed = 0,
     device: Device = "cpu",
-    rate: Rate = 2e-3,
-    pictures: Annotated[int, typer.Option(help="Pictures drawn for training.")] = 14_000,
+    rate: Rate = 6e-3,
+    pictures: Annotated[int, typer.Option(help="Pictures drawn for training.")] = 24_000,
     vae: Annotated[Path | None, typer.Option(help="Pass half of the pictures through this autoencoder.")] = None,
 ) -> None:
     """The judge; writes OUT/judge and prints its scores on held-out pictures."""

@@ -1,6 +1,6 @@
 """What the judge learns from: scenes, and pictures made of scenes that test its honesty.
 
-Of a thing that is only partly there, at least 78 % count as the thing and at most 62 % do not; in between, where people
+Of a thing that is only partly there, at least 78 % count as the thing and at most 52 % do not; in between, where people
 would argue too, nothing is drawn.
 """
 
@@ -16,12 +16,12 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from attnctl.glyph.scenes import SIDE, Renderer, Scene, Thing, font_path
 from attnctl.glyph.words import ANIMALS, COLOURS
 
-THERE, GONE = 0.78, 0.62
+THERE, GONE = 0.78, 0.52
 Floats = NDArray[np.float32]
 
 KINDS = {
-    "scene": 0.50, "leaked": 0.10, "twice": 0.09, "ghost": 0.04, "pale": 0.03,
-    "cut": 0.11, "blend": 0.05, "faded": 0.05, "smeared": 0.03, "noise": 0.02, "blank": 0.02, "stranger": 0.06,
+    "scene": 0.40, "hidden": 0.12, "leaked": 0.10, "twice": 0.07, "ghost": 0.04, "pale": 0.03,
+    "cut": 0.10, "blend": 0.05, "faded": 0.06, "smeared": 0.02, "noise": 0.02, "blank": 0.02, "stranger": 0.06,
 }  # fmt: skip
 """How a picture is made, and the share of such pictures in training."""
 
@@ -149,6 +149,22 @@ class Easel:
                 image = _over(image, tinted, _soft(thing.mask) * np.float32(rng.uniform(0.25, 0.65)))
         return replace(example, image=image)
 
+    def _hidden(self, rng: np.random.Generator) -> Example | None:
+        """One thing more, in front of the others; of one of them at most 92 % are left, of each at least 70 %."""
+        scene, other = self._some(rng, int(rng.integers(1, 3))), self._some(rng, 1)
+        front = other.things[0]
+        if front.concept in [thing.concept for thing in scene.things]:
+            return None
+        longer = int(rng.uniform(0.28, 0.55) * SIDE)
+        for _ in range(12):
+            image, mask = _lifted(other, longer, tuple(rng.integers(0, SIDE, 2)))
+            left = [thing.visible * (thing.mask & ~mask).sum() / thing.mask.sum() for thing in scene.things]
+            if 0.7 <= min(left) <= 0.92:
+                behind = [replace(thing, mask=thing.mask & ~mask) for thing in scene.things]
+                things = *behind, replace(front, mask=mask)
+                return Example(_over(scene.image.astype(np.float32), image, _soft(mask)), things)
+        return None
+
     def _twice(self, rng: np.random.Generator) -> Example | None:
         """One thing more: mostly of a concept that is there already."""
         scene = self._some(rng, int(rng.integers(1, 3)))
@@ -192,7 +208,7 @@ class Easel:
         side = np.indices((SIDE, SIDE))[along] < low + (high - low) * rng.uniform(0.3, 0.7)
         if rng.random() < 0.5:
             side = ~side
-        alone = rng.random() < 0.35
+        alone = rng.random() < 0.2
         kept, added = thing.mask & side, mask & ~side & (not alone)
         parts = {thing.concept: (kept, thing.mask, thing), concept: (added, mask, None)}
         things, in_part = list(scene.things[1:]), set()

@@ -73,7 +73,7 @@ class Judging:
         self.device, self.batch, self.seed, self.step, self.pictures = device, batch, seed, 0, pictures
         self.data = self._data(pictures, seed, cache, vae)
         easel = Easel(stream=6)
-        wanted = _counts(800).items()
+        wanted = _counts(1600).items()
         self.validation = [easel.draw(kind, k) for kind, count in wanted for k in range(count)]
         torch.manual_seed(seed)
         self.network: nn.Module = Network(WIDTH).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -97,7 +97,7 @@ class Judging:
         return load_file(file)
 
     def _rows(self, rng: torch.Generator) -> dict[str, Tensor]:
-        """A batch with dense masks (n, 24, 32, 32), moved about by whole cells; what moves out is lost."""
+        """A batch with dense masks (n, 24, 32, 32), mirrored or not and moved about by whole cells."""
         which = torch.randint(len(self.data["state"]), (self.batch,), generator=rng)
         rows = {key: value[which] for key, value in self.data.items()}
         dense = torch.zeros(self.batch, len(CONCEPTS) + 1, GRID, GRID, dtype=torch.uint8)  # the last: empty slots
@@ -112,7 +112,10 @@ class Judging:
         fine = LOOKED_AT // GRID
         y, x = (torch.arange(LOOKED_AT) + fine * shift).clamp(0, LOOKED_AT - 1).unbind()
         images = rows["images"][row[..., None], y[:, :, None], x[:, None]]
-        rows["images"] = self._worn(images.movedim(-1, 1).float() / 127.5 - 1, rng)
+        turned = (torch.rand(self.batch, generator=rng) < 0.5)[:, None, None, None]
+        rows["masks"] = torch.where(turned, rows["masks"].flip(-1), rows["masks"])
+        images = images.movedim(-1, 1).float() / 127.5 - 1
+        rows["images"] = self._worn(torch.where(turned, images.flip(-1), images), rng)
         return {key: value.to(self.device) for key, value in rows.items() if key != "slots"}
 
     def _worn(self, images: Tensor, rng: torch.Generator) -> Tensor:
@@ -193,11 +196,15 @@ def _redrawn(images: list[Image.Image], vae: Path, device: str) -> list[Image.Im
 
 
 def threshold(judge: Judge, examples: Sequence[Example]) -> float:
-    """The probability that is wrong least often about the presence of a concept; the middle one of equals."""
+    """The probability that is wrong least often about a concept being there; the middle one of equals.
+
+    Asked of whole scenes and of pictures that show nothing, where nobody would argue.
+    """
+    examples = [example for example in examples if example.kind in ("scene", *NONE)]
     logits = judge.logits([picture(example) for example in examples])
     confidence = torch.stack([presence for presence, _, _ in logits]).sigmoid()
     there = torch.tensor([[c in {thing.concept for thing in e.things} for c in CONCEPTS] for e in examples])
-    grid = torch.linspace(0.2, 0.9, 71)
+    grid = torch.linspace(0.1, 0.9, 81)
     wrong = torch.tensor([int(((confidence >= t) != there).sum()) for t in grid])
     return round(float(grid[wrong == wrong.min()].median()), 2)
 
@@ -314,6 +321,7 @@ Least recall or precision of a concept: {low:.2%}. Read as showing nothing, as t
 |---|---|
 | scene | one to three whole things; the concepts, colours and boxes above are of these |
 | leaked | animals that took on a colour |
+| hidden | a thing partly behind another, at least 70 % of it in sight |
 | twice | one thing more, mostly of a concept that is there already |
 | ghost | a faint second thing over the first, which counts |
 | pale | a scene seen through a little fog or noise |
