@@ -49,6 +49,7 @@ class Attachment:
         self.pipe, self.controls, self.prompt = pipe, controls, prompt
         self.latest: Run | None = None  # the latest pipeline call; set as it begins
         self._wiring: Wiring | None = Wiring.of(pipe)
+        self.family = self._wiring.family.name
         available = tuple(self._wiring.sites.values())
         self.selected: tuple[tuple[Site, ...], ...] = tuple(control.sites(available) for control in controls)
         seen = {id(control) for control in self._wiring.controls()}
@@ -98,7 +99,7 @@ class Attachment:
         """What this attachment does and has done."""
         seats = self._wiring.seats if self._wiring else {}
         return Report(
-            family=self.latest.family.name if self.latest else "",
+            family=self.family,
             sites=tuple(
                 (type(control).__name__, tuple(site.name for site in sites))
                 for control, sites in zip(self.controls, self.selected, strict=True)

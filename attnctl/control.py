@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -144,9 +145,29 @@ class Control:
         """Called when the pipeline call's last denoising step is done, or when it was given up."""
 
 
-def overrides(control: Control, method: str) -> bool:
-    """True if the control's class has its own version of a `Control` method."""
-    return getattr(type(control), method) is not getattr(Control, method)
+def run_chain(chain: tuple[Control, ...], call: AttentionCall, kernel: Callable[..., Tensor]) -> Tensor:
+    """One attention call through the controls of its site.
+
+    Args:
+        chain: outermost first, see `nest`.
+        call: as the site made it.
+        kernel: (q, k, v, bias, scale) -> (batch, heads, queries, head_dim), the attention the site is set to use.
+
+    Raises:
+        ControlError: what comes out has another shape than the site needs.
+    """
+
+    def proceed(position: int, call: AttentionCall) -> Tensor:
+        if position == len(chain):
+            return kernel(call.q, call.k, call.v, call.bias, call.scale)
+        return chain[position].attend(call, partial(proceed, position + 1))
+
+    out = proceed(0, call)
+    expected = (*call.q.shape[:-1], call.v.shape[-1])
+    if out.shape != expected:
+        names = ", ".join(type(control).__name__ for control in chain)
+        raise ControlError(f"{names} returned {tuple(out.shape)} at {call.site.name}, which needs {tuple(expected)}")
+    return out
 
 
 def nest(controls: Sequence[Control], site: Site) -> tuple[Control, ...]:

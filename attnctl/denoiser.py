@@ -22,8 +22,10 @@ def named(denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     return dict(zip(names, args, strict=False)) | kwargs
 
 
-def guided(pipe: Any) -> bool:
-    """True if the pipeline runs classifier-free guidance in this call."""
+def guided(pipe: Any, heard: dict[str, Any] | None) -> bool:
+    """True if the pipeline runs classifier-free guidance in this call, as it told `encode_prompt` or says itself."""
+    if heard is not None and heard.get("do_classifier_free_guidance") is not None:
+        return bool(heard["do_classifier_free_guidance"])
     try:
         return bool(pipe.do_classifier_free_guidance)
     except AttributeError:  # no such property, or the pipeline was never called
@@ -68,27 +70,27 @@ def images_of(heard: dict[str, Any] | None) -> int | None:
     return each * (1 if isinstance(prompt, str) else len(prompt))
 
 
-def rows_of(family: Family, pipe: Any, total: int, images: int, branch: str | None, extra: bool) -> Rows:
+def rows_of(run: Run, total: int, branch: str | None, extra: bool) -> Rows:
     """Which rows of a denoiser call are what.
 
     Args:
         total: batch size of the call.
-        images: how many pictures the run draws.
         branch: name of the `cache_context` the call was made in.
         extra: a further pass over conditional rows.
 
     Raises:
         UnsupportedPipelineError: more parts than [uncond; cond], in an order nobody has told us.
     """
-    if family.branches == "sequential":
+    images = run.images
+    if run.family.branches == "sequential":
         everything = slice(0, total)
         return Rows(None, everything, total) if branch == "uncond" else Rows(everything, None, total)
     if extra or total == images:
         return Rows(slice(0, total), None, total)
-    if guided(pipe) and total == 2 * images:
+    if run.guided and total == 2 * images:
         return Rows(slice(images, total), slice(0, images), total)
     raise UnsupportedPipelineError(
-        f"{type(pipe).__name__} calls its denoiser with {total} rows for {images} images; "
+        f"{type(run.pipe).__name__} calls its denoiser with {total} rows for {images} images; "
         "attnctl knows one row per image, or an unconditional and a conditional one"
     )
 
@@ -99,8 +101,8 @@ def start_run(
     """The run that a denoiser call opens."""
     sample = arguments[family.sample]
     total = sample.shape[0]
-    halves = 2 if family.branches == "batched" and guided(pipe) and total % 2 == 0 else 1
-    images = images_of(heard) or total // halves
+    halved = guided(pipe, heard)
+    images = images_of(heard) or total // (2 if family.branches == "batched" and halved and total % 2 == 0 else 1)
     scheduler = getattr(pipe, "scheduler", None)
     timesteps = getattr(scheduler, "timesteps", None)
     schedule = 0 if timesteps is None else len(timesteps)
@@ -114,6 +116,7 @@ def start_run(
         family=family,
         pipe=pipe,
         images=images,
+        guided=halved,
         latent_size=family.latent_size(denoiser, sample, arguments),
         steps=steps,
         texts=texts(heard, given, images),
@@ -136,7 +139,7 @@ def sigma_of(pipe: Any, position: int) -> float | None:
     return float(sigmas[position]) if sigmas is not None and position < len(sigmas) else None
 
 
-def written(family: Family, pipe: Any, sample: Sample, raw: Tensor, timestep: Any) -> Tensor:
+def written(pipe: Any, sample: Sample, raw: Tensor, timestep: Any) -> Tensor:
     """The denoiser's input with the edited latents in it, for every branch, scaled as the pipeline would have."""
     edited = sample.edited
     assert edited is not None

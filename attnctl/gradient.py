@@ -49,14 +49,14 @@ def probe(step: Step, latents: Tensor, watch: Mapping[Site, Callable[[AttentionC
     own = replace(step, rows=Rows(slice(0, count), None, count))
     watching = Watch(own, {site.name: callback for site, callback in watch.items()})
     model, family = wiring.model, step.run.family
-    wiring.freeze()
+    wiring.flow.freeze()
     with ExitStack() as stack:
         stack.enter_context(uncompiled(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         arguments = _conditional(step, family.shared)
         arguments[family.sample] = step.sample.replaced(arguments[family.sample], latents * step.scale)
-        stack.enter_context(wiring.watched(watching))
+        stack.enter_context(wiring.flow.watched(watching))
         try:
             model(**arguments)
         except Stop:

@@ -25,7 +25,8 @@ def register(owner: Any) -> Tensor:
     return torch.tensor(number)
 
 
-@torch.library.custom_op("attnctl::attend", mutates_args=())
+# A recorded CUDA graph would replay the kernels and skip the controls, so it may not hold this operator.
+@torch.library.custom_op("attnctl::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool, scale: float | None,
     gqa: bool, dispatched: bool, index: int, handle: Tensor,

@@ -27,6 +27,7 @@ class Run:
     Attributes:
         family: the record of the pipeline's denoiser.
         images: how many pictures are drawn together.
+        guided: the pipeline runs classifier-free guidance, if it does so in one batch.
         latent_size: (height, width) in latent cells, unpacked.
         steps: conditional denoiser calls this pipeline call will make; 0 if the scheduler does not say.
         calls: how many it has made.
@@ -35,6 +36,7 @@ class Run:
     family: Family
     pipe: Any
     images: int
+    guided: bool
     latent_size: tuple[int, int]
     steps: int
     texts: Texts

@@ -152,6 +152,19 @@ def test_loop_written_by_hand():
         assert not torch.allclose(loop(), plain, rtol=1e-2)
 
 
+def test_loop_written_by_hand_with_guidance():
+    """Encoding by hand while attached tells the words and that there are two halves."""
+    pipe = tiny.sd1()
+    spy = Spy()
+    with attach(pipe, spy) as attachment, torch.no_grad():
+        positive, negative = pipe.encode_prompt(["a cat", "a dog"], "cpu", 1, True)
+        pipe.scheduler.set_timesteps(2)
+        for timestep in pipe.scheduler.timesteps:
+            pipe.unet(torch.randn(4, 4, 16, 24), timestep, torch.cat([negative, positive]))
+    assert [step.rows for step in spy.steps] == [Rows(slice(2, 4), slice(0, 2), 4)] * 2
+    assert attachment.run.prompts == ["a cat", "a dog"]
+
+
 def test_methods_of_the_pipeline_keep_their_signatures():
     """Pipelines look at them: eta is passed on only to a scheduler whose step takes it."""
     pipe = tiny.sd1()

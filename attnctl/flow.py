@@ -1,0 +1,237 @@
+"""Flow: what happens between a pipeline and its denoiser while controls are attached.
+
+A pipeline call passes five patches, in this order: `check_inputs` (a call begins), `encode_prompt` (the words), and for
+each step the denoiser's `cache_context` (which branch), the denoiser (a run or step opens, controls edit latents, act
+inside attention, edit the prediction) and `scheduler.step` (which must see the edited latents, too).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import denoiser as calls
+from .control import AttentionCall, Lane, run_chain
+from .errors import AttnctlError, ControlError, UnsupportedPipelineError
+from .gradient import Watch, frozen
+from .run import Run, Sample, Step
+from .seam import Kernel
+from .sites import Site
+from .turn import Turn
+
+if TYPE_CHECKING:
+    from .wiring import Wiring
+
+
+class Flow:
+    """The state of the pipeline call under way on one wiring."""
+
+    def __init__(self, wiring: Wiring) -> None:
+        self.wiring = wiring
+        self.heard: list[dict[str, Any]] | None = None  # what encode_prompt was given since the pipeline was called
+        self.run: Run | None = None
+        self.sample: Sample | None = None  # of the step under way, until scheduler.step has taken its edits
+        self.solved = 0  # calls of scheduler.step in this run
+        self.acting: Step | None = None  # while the pipeline's own denoiser forward runs
+        self.watching: Watch | None = None  # while a probe runs
+        self.resting: ExitStack | None = None  # while controls themselves run; a denoiser they call is a plain one
+        self.frozen = False  # while a control may differentiate what a probe recorded
+        self.branch: tuple[str, dict[str, Any], ExitStack] | None = None  # the cache_context we are in
+        self.turn = Turn(type(wiring.pipe).__name__)
+
+    def on_check(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._arrive()  # every pipeline calls check_inputs first
+        return original(*args, **kwargs)
+
+    def on_encode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.heard is None:  # a pipeline without check_inputs, or somebody encoding by hand
+            self._arrive()
+        bound = inspect.signature(type(self.wiring.pipe).encode_prompt).bind(self.wiring.pipe, *args, **kwargs)
+        bound.apply_defaults()
+        self.heard = [*(self.heard or []), bound.arguments]
+        return original(*args, **kwargs)
+
+    def _arrive(self) -> None:
+        """A pipeline call begins."""
+        self.turn.begin(at_work=self.acting is not None or self.resting is not None)
+        self.finish()
+        self.heard = []
+        self.wiring.refresh()
+
+    def finish(self) -> None:
+        """The run under way, if any, is over or was given up."""
+        run, self.run, self.sample, self.heard = self.run, None, None, None
+        if run is not None:
+            with self._rest():
+                run.end()
+
+    def on_context(self, original: Callable[..., Any], name: str, **kwargs: Any) -> AbstractContextManager[None]:
+        @contextmanager
+        def recorded() -> Iterator[None]:
+            outer = self.branch
+            with ExitStack() as stack:
+                stack.enter_context(original(name, **kwargs))
+                self.branch = name, kwargs, stack
+                try:
+                    yield
+                finally:
+                    self.branch = outer
+
+        return recorded()
+
+    def on_call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            raise AttnctlError("the denoiser was compiled while controls were attached; attach again")
+        if self.resting:
+            return original(*args, **kwargs)
+        self.turn.go_on()
+        wiring, name = self.wiring, self.wiring.family.sample
+        step = self._open(calls.named(wiring.model, args, kwargs))
+        if step.sample.edited is not None:
+            fresh = calls.written(wiring.pipe, step.sample, step.arguments[name], step.timestep)
+            args, kwargs = ((fresh, *args[1:]), kwargs) if args else ((), {**kwargs, name: fresh})
+        self.acting = step
+        try:
+            output = original(*args, **kwargs)
+        finally:
+            self.acting = None
+        return self._close(step, output)
+
+    def _open(self, arguments: dict[str, Any]) -> Step:
+        """The step a denoiser call is, after the controls have had their say before it."""
+        wiring, family, pipe = self.wiring, self.wiring.family, self.wiring.pipe
+        raw, timestep, text = (
+            arguments[family.sample],
+            arguments.get("timestep"),
+            arguments.get("encoder_hidden_states"),
+        )
+        run = self.run = self.run or self._start(arguments)
+        for attachment in wiring.attachments:
+            attachment.latest = run
+        extra = arguments.get("skip_layers") is not None
+        rows = calls.rows_of(run, raw.shape[0], self.branch and self.branch[0], extra)
+        first = rows.cond is not None and not extra
+        if first or self.sample is None:
+            own, scale = rows.cond or slice(0, rows.total), calls.scale_of(family, pipe, timestep)
+            self.sample = Sample(raw, own, family.latent_channels(wiring.model), family.channels, scale)
+        index = run.calls if first else max(run.calls - 1, 0)
+        position = run.start + index
+        step = Step(
+            run=run,
+            index=index,
+            timestep=timestep,
+            rows=rows,
+            scale=self.sample.scale,
+            sigma=calls.sigma_of(pipe, position),
+            fraction=min(position / run.schedule, 1.0) if run.schedule else 0.0,
+            sample=self.sample,
+            wiring=wiring,
+            arguments=arguments,
+            extra=extra,
+            text_rows=text.shape[1] if isinstance(text, Tensor) else None,
+        )
+        with self._rest():
+            for control in wiring.controls():
+                run.begin(control)
+            if first:
+                for control in wiring.controls():
+                    control.before_denoise(step)
+        run.calls += first
+        return step
+
+    def _start(self, arguments: dict[str, Any]) -> Run:
+        wiring = self.wiring
+        if self.heard == []:
+            who = type(wiring.pipe).__name__
+            raise UnsupportedPipelineError(
+                f"{who} drew without calling encode_prompt, so its rows cannot be told apart"
+            )
+        given = next((a.prompt for a in wiring.attachments if a.prompt is not None), None)
+        heard = self.heard[0] if self.heard else None  # the second, if any, is FLUX's negative prompt
+        self.solved = 0
+        wiring.reseat()
+        return calls.start_run(wiring.family, wiring.pipe, wiring.model, arguments, heard, given)
+
+    def _close(self, step: Step, output: Any) -> Any:
+        """The denoiser's output after the controls have had their say."""
+        tensor, wrap = calls.prediction(output)
+        edited = tensor
+        if not step.extra:
+            with self._rest():
+                for control in self.wiring.controls():
+                    answer = control.after_denoise(step, edited)
+                    edited = edited if answer is None else answer
+        return output if edited is tensor else wrap(edited)
+
+    def on_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.turn.go_on()
+        sample, self.sample = self.sample, None
+        if sample is not None and sample.edited is not None:
+            scheduler = self.wiring.patches["step"].owner
+            bound = inspect.signature(type(scheduler).step).bind(scheduler, *args, **kwargs)
+            bound.arguments["sample"] = calls.stepped(sample, bound.arguments["sample"])
+            args, kwargs = bound.args[1:], bound.kwargs
+        result = original(*args, **kwargs)
+        self.solved += 1
+        if self.run is not None and self.solved == self.run.steps:
+            self.turn.done()
+            self.finish()
+        return result
+
+    def attend(
+        self, site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None, index: int,
+        kernel: Kernel,
+    ) -> Tensor:  # fmt: skip
+        """One attention call of a controlled site, see `seam.Seat`."""
+        step = self.watching.step if self.watching else self.acting
+        if index or step is None:
+            return kernel(q, k, v, bias, scale)
+        grid = site.grid(*step.run.latent_size) if site.factor is not None else (0, 0)
+        text, image = site.layout(grid, q.shape[2], k.shape[2], step.text_rows)
+        call = AttentionCall(q, k, v, bias, scale, site, step, index, grid, text, image)
+        if self.watching:
+            self.watching.see(call)
+            return kernel(q, k, v, bias, scale)
+        chain = self.wiring.chains[site.name]
+        if step.extra:
+            chain = tuple(control for control in chain if control.lane is not Lane.MAPS)
+        return run_chain(chain, call, kernel)
+
+    @contextmanager
+    def _rest(self) -> Iterator[None]:
+        """Controls run: outside inference mode, so that a gradient may be taken, and without recording one."""
+        with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+            before, self.resting = self.resting, stack
+            try:
+                yield
+            finally:
+                self.resting = before
+
+    def freeze(self) -> None:
+        """Parameters ask for no gradients until the controls are done; checkpointed blocks run again in a backward."""
+        if self.resting is None:
+            raise ControlError("step.probe is for before_denoise and after_denoise")
+        if not self.frozen:
+            self.resting.enter_context(frozen(self.wiring.model))
+            self.resting.callback(setattr, self, "frozen", False)
+            self.frozen = True
+
+    @contextmanager
+    def watched(self, watch: Watch) -> Iterator[None]:
+        """A probe runs; step caches of the model keep its states apart under a name of its own."""
+        model = self.wiring.model
+        context: Any = getattr(type(model), "cache_context", None)
+        self.watching = watch
+        try:
+            with context(model, "attnctl") if context else nullcontext():
+                yield
+        finally:
+            self.watching = None
+            if self.branch is not None:  # leaving any cache_context clears the one around it: enter that again
+                name, kwargs, stack = self.branch
+                stack.enter_context(context(model, name, **kwargs))
