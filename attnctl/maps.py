@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .control import AttentionCall, Control, Lane, Proceed
 from .errors import ControlError, NoSiteError, PhraseError
-from .probabilities import Listener, call_maps, token_maps
+from .probabilities import call_maps, heard, token_maps
 from .prompts import TextStream, positions, streams, text_rows, words
 from .sites import Selection, Site, select
 
@@ -34,7 +34,7 @@ class TokenMaps(Control):
 
     Probabilities are those of the softmax over all keys, averaged over heads, sites and steps, conditional rows only.
     What is recorded is the attention as this control sees it, so put it last to see what the other controls do.
-    Costs little: the model's own kernel already computes what each row's softmax is divided by.
+    Costs little: at joint sites the model's own kernel already computes what each row's softmax is divided by.
 
     Args:
         phrases: which phrases to record; None for every word of each prompt. Fewer are cheaper.
@@ -74,10 +74,9 @@ class TokenMaps(Control):
         rows = call.step.rows.cond
         if rows is None or not self.window[0] <= call.step.fraction < self.window[1]:
             return proceed(call)
-        with Listener(call) as kernel:
-            out = proceed(call)
+        out, lse = heard(call, proceed)
         with torch.no_grad():
-            call.step.run.state(self).add(call, rows, kernel.lse)
+            call.step.run.state(self).add(call, rows, lse)
         return out
 
 

@@ -3,8 +3,8 @@
 Under the softmax over all keys, the probability of one key is exp(logit - L), L being the log-sum-exp of the row's
 logits. Fused kernels compute L anyway. Three routes, all exact:
 
-- L is known: only the columns asked for are computed. `Listener` catches L as the model's own kernel returns it.
 - Few keys (cross-attention over a prompt): the plain softmax; differentiable.
+- Many keys, L known: only the columns asked for. `Listener` catches L as the model's own kernel returns it.
 - Many keys, L unknown or a gradient needed: fused attention once more with one-hot values, so that "what attention
   returns" is the probability of each named key. Differentiable, and no (queries, keys) tensor exists at any time.
 """
@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .control import AttentionCall
+from .control import AttentionCall, Proceed
 
-FEW = 512  # up to so many keys, all columns cost less than a second fused call
+FEW = 512  # up to so many keys, the plain softmax costs less than listening or than a second fused call
 
 
 def token_maps(
@@ -161,6 +161,14 @@ class Listener(TorchDispatchMode):
             if masked and scale == call.scale and same(args[0], call.q) and same(args[1], call.k):
                 self.lse = out[1]
         return out
+
+
+def heard(call: AttentionCall, proceed: Proceed) -> tuple[Tensor, Tensor | None]:
+    """(`proceed(call)`, the log-sum-exp of its rows where that is worth having and the kernel tells it)."""
+    if call.k.shape[2] <= FEW:
+        return proceed(call), None
+    with Listener(call) as kernel:
+        return proceed(call), kernel.lse
 
 
 def same(one: Tensor, other: Tensor) -> bool:
