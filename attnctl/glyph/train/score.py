@@ -80,11 +80,10 @@ def score(folder: Path, scales: Sequence[float], seed: int) -> dict[str, Any]:
     The best scale is the one with the most single concepts and colours right. Writes scores.json and the model card
     into `folder`.
     """
-    from diffusers import StableDiffusionPipeline
-
     from attnctl.glyph.train.sd import map_scores
+    from attnctl.loading import load
 
-    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipe = load(folder)
     pipe.set_progress_bar_config(disable=True)
     with Progress() as bar:
         sweep = [quality(pipe, scale, seed, False, bar) for scale in scales]
