@@ -17,6 +17,7 @@ from torch import Tensor
 from toys import Bias, Descend, Guide, Identity, Output, Push
 
 from attnctl.control import Control
+from attnctl.processors import Segregation, TokenMaps
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ CASES = {
     "latents": Case(Push, lambda: Push(strength=0.0)),
     "guide": Case(Guide, lambda: Guide(strength=0.0)),
     "gradient": Case(Descend, lambda: Descend(strength=0.0)),
+    "maps": Case(TokenMaps, TokenMaps, moves=False),
+    "segregation": Case(
+        lambda: Segregation("cat", "dog", relative=0.1), lambda: Segregation("cat", "dog", strength=0.0)
+    ),
 }
 
 PAIRS = [pytest.param(case, name, id=f"{label}-{name}") for label, case in CASES.items() for name in case.families]
