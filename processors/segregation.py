@@ -1,8 +1,8 @@
 """Segregation: words of the prompt are kept from looking at the same places of the picture.
 
-A-STAR: Test-time Attention Segregation and Retention (Agarwal et al., ICCV 2023, arXiv 2306.14544), equation 2. The
-paper does not state its step size, layers or preparation of maps; those default to Attend-and-Excite's, or to ours
-where theirs do not fit, and all are settings.
+A-STAR: Test-time Attention Segregation and Retention (Agarwal et al., ICCV 2023, arXiv 2306.14544), equation 2, at
+every step as there. The paper does not state its step size, layers or preparation of maps. Those are settings; their
+defaults are ours, and Attend-and-Excite's choices are `maps="attend-and-excite", relative=None`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from itertools import combinations
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -34,9 +34,6 @@ from .map_gradient import (
     step_size,
     wanted,
 )
-
-RELATIVE = 0.02  # of the latents' length per update at joint sites; ours
-PREPARATIONS = ("auto", "attend-and-excite", "share", "mean")
 
 
 def segregation_loss(
@@ -76,8 +73,6 @@ class Trace:
     sites: tuple[Site, ...]
     wanted: Wanted
     pairs: tuple[tuple[int, int], ...]
-    preparation: Preparation
-    relative: float | None
     scale: Tensor  # (images,) of the losses, see `gradients`
     skipped: Tensor
     losses: list[Tensor] = field(default_factory=list)
@@ -102,10 +97,10 @@ class Segregation(Control):
     Args:
         phrases: what to keep apart; every two of them are a pair. Or pairs, each a tuple of two phrases.
         strength: factor of the step; 0 does nothing at all.
-        maps: how maps are prepared, see `phrase_maps`; "auto" is "attend-and-excite" at cross sites and "share" at
-            joint ones, where so much probability goes to the picture that a softmax of 100 p would see no difference.
-        relative: length of an update as a share of the length of the latents, 0.02 say. None: Attend-and-Excite's
-            step size at cross sites, 0.02 at joint ones.
+        maps: how maps are prepared, see `phrase_maps`. "share" does not depend on how much attention words get at all,
+            which differs between models, and leaves no word anything to win by fading.
+        relative: length of an update as a share of the length of the latents; this too means the same in every model
+            and sampler. None: Attend-and-Excite's step size, see `step_size`, which was made for SD 1.
         updates: how many updates at each step; each is an extra forward, as far as the last site, and its backward.
         keep_norm: give the latents back their length after each update.
         window: part of the schedule to act in, from 0 (noise) to 1 (picture): a step at f counts if start <= f < end.
@@ -120,8 +115,8 @@ class Segregation(Control):
 
     phrases: tuple[str | tuple[str, str], ...]
     strength: float = 1.0
-    maps: Literal["auto", "attend-and-excite", "share", "mean"] = "auto"
-    relative: float | None = None
+    maps: Preparation = "share"
+    relative: float | None = 0.02
     updates: int = 1
     keep_norm: bool = False
     window: tuple[float, float] = (0.0, 1.0)
@@ -130,9 +125,9 @@ class Segregation(Control):
     lane: ClassVar[Lane] = Lane.GRADIENT
 
     def __init__(
-        self, *phrases: str | tuple[str, str], strength: float = 1.0,
-        maps: Literal["auto", "attend-and-excite", "share", "mean"] = "auto", relative: float | None = None,
-        updates: int = 1, keep_norm: bool = False, window: tuple[float, float] = (0.0, 1.0), where: Selection = None,
+        self, *phrases: str | tuple[str, str], strength: float = 1.0, maps: Preparation = "share",
+        relative: float | None = 0.02, updates: int = 1, keep_norm: bool = False,
+        window: tuple[float, float] = (0.0, 1.0), where: Selection = None,
     ) -> None:  # fmt: skip
         settings: dict[str, Any] = locals()
         for one in fields(self):
@@ -146,8 +141,8 @@ class Segregation(Control):
             )
         if updates < 1:
             raise ControlError(f"updates must be at least 1, not {updates}; strength=0 switches Segregation off")
-        if maps not in PREPARATIONS:
-            raise ControlError(f"maps are prepared as one of {', '.join(PREPARATIONS)}; not {maps!r}")
+        if maps not in get_args(Preparation):
+            raise ControlError(f"maps are prepared as one of {', '.join(get_args(Preparation))}; not {maps!r}")
         check_window(window)
 
     def sites(self, available: tuple[Site, ...]) -> tuple[Site, ...]:
@@ -155,20 +150,17 @@ class Segregation(Control):
 
     def begin(self, run: Run) -> Trace:
         sites = self.sites(discover(run.pipe))
-        joint = any(site.kind == "joint" for site in sites)
         if self.where is None:
             sites = coarsest(sites, run.latent_size)
-        preparation: Any = ("share" if joint else "attend-and-excite") if self.maps == "auto" else self.maps
         texts = [streams(run, image) for image in range(run.images)]
         names = list(dict.fromkeys(phrase for pair in self._pairs() for phrase in pair))
         pairs = tuple((names.index(one), names.index(other)) for one, other in self._pairs())
-        found = wanted(texts, names, whole_prompt=preparation == "attend-and-excite")
+        found = wanted(texts, names, whole_prompt=self.maps == "attend-and-excite")
         for text, present in zip(texts, found.present.tolist(), strict=True):
             if not any(present[m] and present[n] for m, n in pairs):
                 positions(text, names[present.index(False)])  # raises, and says what the prompt has instead
         ones, zeros = torch.ones(run.images), torch.zeros(run.images, dtype=torch.long)
-        relative = RELATIVE if joint and self.relative is None else self.relative
-        return Trace(sites, found, pairs, preparation, relative, 2.0**12 * ones, zeros)
+        return Trace(sites, found, pairs, 2.0**12 * ones, zeros)
 
     def before_denoise(self, step: Step) -> None:
         if self.strength == 0 or not self.window[0] <= step.fraction < self.window[1]:
@@ -186,14 +178,14 @@ class Segregation(Control):
         with torch.enable_grad():
             z = latents.clone().requires_grad_()
             tokens = read_maps(step, z, trace.sites, trace.wanted.tokens)
-            maps = phrase_maps(tokens, trace.wanted, trace.preparation)
+            maps = phrase_maps(tokens, trace.wanted, self.maps)
             losses = segregation_loss(maps, trace.pairs, trace.wanted.present)
             gradient, finite = gradients(losses, z, trace.scale)
         trace.losses.append(losses.detach())
         trace.skipped = trace.skipped.to(finite.device) + ~finite
         trace.scale = torch.where(finite, trace.scale, trace.scale / 16)  # half precision overflowed: be gentler
-        if trace.relative is not None:
-            return descend(latents, gradient, self.strength * trace.relative, True, self.keep_norm)
+        if self.relative is not None:
+            return descend(latents, gradient, self.strength * self.relative, True, self.keep_norm)
         size = step_size(step.run.start + step.index, step.run.schedule)
         return descend(latents, gradient, self.strength * size / step.scale**2, False, self.keep_norm)
 
