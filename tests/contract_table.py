@@ -1,7 +1,7 @@
 """Which controls keep the contracts. A new control joins with one line in `CASES`; every rule is then checked on it.
 
 The rules are those of tests/contracts: identity and restoration, refusals, independent rows, sizes and dtypes,
-neighbours (LoRA, IP-Adapter, ControlNet, compile, ...), threads. All are checked on every family of `tiny.FAMILIES`.
+neighbours (LoRA, IP-Adapter, ControlNet, compile, ...), threads. All are checked on every family of `tiny.MODELS`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Case:
     acting: Callable[[], Control]
     still: Callable[[], Control]
     moves: bool = True
-    families: tuple[str, ...] = tuple(tiny.FAMILIES)
+    families: tuple[str, ...] = tuple(tiny.MODELS)
 
 
 CASES = {

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import string
 import warnings
+from copy import deepcopy
+from functools import cache
 from typing import Any
 
 import diffusers
@@ -25,6 +27,8 @@ from transformers import (
     T5EncoderModel,
     T5Tokenizer,
 )
+
+from attnctl import load
 
 diffusers.utils.logging.set_verbosity_error()
 WORDS = ("cat", "dog", "red", "blue", "and")
@@ -198,7 +202,18 @@ def flux(**changes: Any) -> Any:
     )
 
 
+def glyph() -> Any:
+    """The trained pipeline that ships with the package: a copy of its own, in single precision."""
+    return quiet(deepcopy(_glyph()))
+
+
+@cache
+def _glyph() -> Any:
+    return load("glyph-sd")
+
+
 FAMILIES = {"sd1": sd1, "sdxl": sdxl, "sd3": sd3, "sd35": sd35, "flux": flux}
+MODELS = {**FAMILIES, "glyph-sd": glyph}  # one trained model among them
 
 
 def quiet(pipe: Any) -> Any:

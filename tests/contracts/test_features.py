@@ -101,7 +101,7 @@ def test_ip_adapter_loaded_while_attached():
 
 
 def save_lora(family, folder):
-    donor = tiny.FAMILIES[family]()
+    donor = tiny.MODELS[family]()
     model = tiny.denoiser(donor)
     torch.manual_seed(1)
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
@@ -109,11 +109,11 @@ def save_lora(family, folder):
     type(donor).save_lora_weights(folder, **{f"{part}_lora_layers": get_peft_model_state_dict(model)})
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.MODELS)
 def test_lora(family, tmp_path):
     save_lora(family, tmp_path)
-    scale = {"cross_attention_kwargs" if family in ("sd1", "sdxl") else "joint_attention_kwargs": {"scale": 0.5}}
-    pipe = tiny.FAMILIES[family]()
+    pipe = tiny.MODELS[family]()
+    scale = {"cross_attention_kwargs" if hasattr(pipe, "unet") else "joint_attention_kwargs": {"scale": 0.5}}
     plain = tiny.draw(pipe)
     with attach(pipe, Output()):
         controlled = tiny.draw(pipe)
@@ -133,7 +133,7 @@ def test_lora(family, tmp_path):
 
 @pytest.mark.parametrize("family", ["sd1", "sd3", "flux"])
 def test_fused_projections(family):
-    pipe = tiny.FAMILIES[family]()
+    pipe = tiny.MODELS[family]()
     if family == "sd1":
         pipe.fuse_qkv_projections(vae=False)
     else:
@@ -156,10 +156,10 @@ def test_fused_while_attached():
     assert all(type(p).__name__ == "FusedAttnProcessor2_0" for p in pipe.unet.attn_processors.values())
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.MODELS)
 def test_model_offloading_hooks(family):
     accelerate = pytest.importorskip("accelerate")
-    pipe = tiny.FAMILIES[family]()
+    pipe = tiny.MODELS[family]()
     with attach(pipe, Bias()):
         want = tiny.draw(pipe)
         accelerate.cpu_offload_with_hook(tiny.denoiser(pipe), torch.device("cpu"))
@@ -218,9 +218,9 @@ def test_callback_of_the_user_is_kept():
     assert seen == [0, 1] and torch.equal(got, tiny.draw(pipe, callback_on_step_end=callback))
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.MODELS)
 def test_inference_mode(family):
-    pipe = tiny.FAMILIES[family]()
+    pipe = tiny.MODELS[family]()
     with attach(pipe, Bias()):
         want = tiny.draw(pipe)
         with torch.inference_mode():

@@ -18,7 +18,7 @@ UNGUIDED = {"flux": {}}
 @every_pair
 @pytest.mark.parametrize("guided", [True, False], ids=["cfg", "nocfg"])
 def test_still_control_changes_no_bit_and_acting_one_does(case, family, guided):
-    pipe = tiny.FAMILIES[family]()
+    pipe = tiny.MODELS[family]()
     settings = GUIDED.get(family, {}) if guided else UNGUIDED.get(family, {"guidance_scale": 1.0})
     plain = tiny.draw(pipe, **settings)
     with attach(pipe, case.still()):
@@ -28,17 +28,17 @@ def test_still_control_changes_no_bit_and_acting_one_does(case, family, guided):
     assert differs(drawn, plain) if case.moves else torch.equal(drawn, plain)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.MODELS)
 def test_all_controls_still_at_once(family):
-    pipe = tiny.FAMILIES[family]()
+    pipe = tiny.MODELS[family]()
     plain = tiny.draw(pipe)
     with attach(pipe, *(case.still() for case in CASES.values() if family in case.families)):
         assert torch.equal(tiny.draw(pipe), plain)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.MODELS)
 def test_site_nobody_selects_keeps_its_processor(family):
-    pipe = tiny.FAMILIES[family]()
+    pipe = tiny.MODELS[family]()
     model = tiny.denoiser(pipe)
     chosen = sites(pipe)[1].name
     before = dict(model.attn_processors)
@@ -47,9 +47,9 @@ def test_site_nobody_selects_keeps_its_processor(family):
         assert changed == [f"{chosen}.processor"]
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.MODELS)
 def test_empty_attachment_touches_no_site(family):
-    pipe = tiny.FAMILIES[family]()
+    pipe = tiny.MODELS[family]()
     before = dict(tiny.denoiser(pipe).attn_processors)
     plain = tiny.draw(pipe)
     with attach(pipe):

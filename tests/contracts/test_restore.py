@@ -16,7 +16,7 @@ from attnctl.control import Control
 
 @every_pair
 def test_after_exit(case, family):
-    pipe = tiny.FAMILIES[family]()
+    pipe = tiny.MODELS[family]()
     plain = tiny.draw(pipe)
     before, values = trace(pipe), weights(pipe)
     with attach(pipe, case.acting()):
@@ -53,10 +53,10 @@ class Broken(Identity):
             raise RuntimeError(place)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.MODELS)
 @pytest.mark.parametrize("place", ["begin", "attend", "before", "after"])
 def test_after_an_exception_in_a_control(family, place):
-    pipe = tiny.FAMILIES[family]()
+    pipe = tiny.MODELS[family]()
     plain = tiny.draw(pipe)
     before = trace(pipe)
     with pytest.raises(RuntimeError, match=place), attach(pipe, Broken(place)):
@@ -99,10 +99,10 @@ def test_after_a_generator_is_closed():
     assert trace(pipe) == before and torch.equal(tiny.draw(pipe), plain)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.MODELS)
 @pytest.mark.parametrize("first_out", [0, 1], ids=["fifo", "lifo"])
 def test_nested_attachments_in_any_order(family, first_out):
-    pipe = tiny.FAMILIES[family]()
+    pipe = tiny.MODELS[family]()
     plain = tiny.draw(pipe)
     before = trace(pipe)
     attachments = [attach(pipe, Output(strength=0.3)), attach(pipe, Output(strength=0.6))]
@@ -203,9 +203,9 @@ def test_scheduler_swapped_meanwhile():
     assert differs(swapped, tiny.draw(pipe))
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.MODELS)
 def test_saved_pipeline_is_the_plain_one(family, tmp_path):
-    pipe = tiny.FAMILIES[family]()
+    pipe = tiny.MODELS[family]()
     with attach(pipe, Output()):
         tiny.denoiser(pipe).save_pretrained(tmp_path)
     again = type(tiny.denoiser(pipe)).from_pretrained(tmp_path)

@@ -25,7 +25,7 @@ def settings_of(family, count):
 
 @every_pair
 def test_batch_of_four_equals_four_singles(case, family):
-    pipe = tiny.FAMILIES[family]()
+    pipe = tiny.MODELS[family]()
     for settings, many in settings_of(family, 4):
         with attach(pipe, case.acting()):
             batch = tiny.draw(pipe, PROMPTS, **many)
@@ -34,9 +34,9 @@ def test_batch_of_four_equals_four_singles(case, family):
                 assert close(batch[i : i + 1], single, 2e-3), f"image {i} with {settings}"
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.MODELS)
 def test_several_pictures_per_prompt(family):
-    pipe = tiny.FAMILIES[family]()
+    pipe = tiny.MODELS[family]()
     with attach(pipe, Bias()) as attachment:
         batch = tiny.draw(pipe, PROMPTS[:2], num_images_per_prompt=2)
         assert attachment.run.prompts == [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
@@ -47,7 +47,7 @@ def test_several_pictures_per_prompt(family):
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "sd35"])
 def test_conditional_rows_come_second_in_one_call(family):
-    pipe = tiny.FAMILIES[family]()
+    pipe = tiny.MODELS[family]()
     spy = Spy(look=lambda call: (call.step.rows, call.q.shape[0]))
     with attach(pipe, spy):
         tiny.draw(pipe, PROMPTS[:3], steps=1)

@@ -15,7 +15,7 @@ SIZES = [(32, 64), (64, 32), (48, 48)]
 
 @every_pair
 def test_one_attachment_serves_many_sizes(case, family):
-    pipe = tiny.FAMILIES[family]()
+    pipe = tiny.MODELS[family]()
     apart = []
     for size in SIZES:
         with attach(pipe, case.acting()):
@@ -28,7 +28,7 @@ def test_one_attachment_serves_many_sizes(case, family):
 @every_pair
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision(case, family, dtype):
-    pipe = tiny.FAMILIES[family]().to(dtype)
+    pipe = tiny.MODELS[family]().to(dtype)
     plain = tiny.draw(pipe)
     with attach(pipe, case.still()):
         assert torch.equal(tiny.draw(pipe), plain)
@@ -47,9 +47,9 @@ def test_moving_the_pipeline_while_attached():
     assert half.dtype == torch.bfloat16 and torch.equal(tiny.draw(pipe), half)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.MODELS)
 def test_steps_and_prompts_may_change_between_calls(family):
-    pipe = tiny.FAMILIES[family]()
+    pipe = tiny.MODELS[family]()
     with attach(pipe, Identity()) as attachment:
         for steps, prompt in ((1, "a cat"), (3, ["a dog", "red dog"]), (2, "blue")):
             tiny.draw(pipe, prompt, steps=steps)

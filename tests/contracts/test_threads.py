@@ -32,10 +32,10 @@ def together(*jobs):
     return results
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.MODELS)
 def test_two_pipelines_do_not_see_each_other(family):
     strengths = (0.2, 0.7, None)
-    pipes = [tiny.FAMILIES[family]() for _ in strengths]
+    pipes = [tiny.MODELS[family]() for _ in strengths]
     alone = []
     for pipe, strength in zip(pipes, strengths, strict=True):
         with attach(pipe, *([Output(strength=strength)] if strength else [])):
