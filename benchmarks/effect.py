@@ -1,6 +1,6 @@
 """What controls do to pictures: the 276 prompts of the Attend-and-Excite benchmark on the embedded model, judged.
 
-    python benchmarks/effect.py --controls none --controls segregation --seeds 2
+    python benchmarks/effect.py --controls none segregation --seeds 2
     python benchmarks/effect.py --subset
 
 All conditions draw from the same noise. Results are kept as they come: a killed run goes on where it was.
@@ -193,8 +193,10 @@ app = typer.Typer(add_completion=False)
 
 @app.command(help=__doc__)
 def main(
+    more: Annotated[list[str] | None, typer.Argument(metavar="", hidden=True)] = None,
     controls: Annotated[
-        list[str], typer.Option(help=f"Conditions, the first the baseline: {', '.join(CONDITIONS)}.")
+        list[str],
+        typer.Option(metavar="NAME...", help=f"Conditions, the first the baseline: {', '.join(CONDITIONS)}."),
     ] = ["none", "segregation"],  # noqa: B006
     seeds: Annotated[int, typer.Option(min=1, help="Pictures of each prompt and condition.")] = 2,
     out: Annotated[Path, typer.Option(help="Folder for pictures, results and the sheet.")] = Path("out/effect"),
@@ -206,7 +208,7 @@ def main(
         bool, typer.Option("--subset", help="24 fixed prompts, one seed: about two minutes.")
     ] = False,
 ) -> None:
-    console = Console()
+    console, controls = Console(), [*controls, *(more or [])]  # click gives an option one value, the rest come apart
     if unknown := [name for name in controls if name not in CONDITIONS]:
         raise typer.BadParameter(f"no condition {unknown[0]!r}; there are {', '.join(CONDITIONS)}")
     prompts, pipe, eye = benchmark(), attnctl.load(model), judge.load()
