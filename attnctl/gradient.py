@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .control import AttentionCall, Rows
 from .errors import ControlError
@@ -36,7 +37,13 @@ class Watch:
                 raise Stop
 
 
-def probe(step: Step, latents: Tensor, watch: Mapping[Site, Callable[[AttentionCall], None]]) -> None:
+def probe(
+    step: Step,
+    latents: Tensor,
+    watch: Mapping[Site, Callable[[AttentionCall], None]],
+    images: Sequence[int] | None = None,
+    checkpointing: bool = False,
+) -> None:
     """See `Step.probe`."""
     wiring, rows = step.wiring, step.rows
     if strangers := [site.name for site in watch if site.name not in wiring.seats]:
@@ -45,7 +52,9 @@ def probe(step: Step, latents: Tensor, watch: Mapping[Site, Callable[[AttentionC
         raise ControlError("step.probe needs conditional rows, and this denoiser call has none")
     if not watch:
         return
-    count = rows.cond.stop - rows.cond.start
+    every = range(rows.cond.start, rows.cond.stop)
+    chosen = rows.cond if images is None else [every[image] for image in images]
+    count = len(every) if images is None else len(images)
     own = replace(step, rows=Rows(slice(0, count), None, count))
     watching = Watch(own, {site.name: callback for site, callback in watch.items()})
     model, family = wiring.model, step.run.family
@@ -54,7 +63,9 @@ def probe(step: Step, latents: Tensor, watch: Mapping[Site, Callable[[AttentionC
         stack.enter_context(uncompiled(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        arguments = _conditional(step, family.shared)
+        if checkpointing:
+            stack.enter_context(checkpointed(model))
+        arguments = _conditional(step, family.shared, chosen)
         arguments[family.sample] = step.sample.replaced(arguments[family.sample], latents * step.scale)
         stack.enter_context(wiring.flow.watched(watching))
         try:
@@ -65,9 +76,9 @@ def probe(step: Step, latents: Tensor, watch: Mapping[Site, Callable[[AttentionC
         raise ControlError(f"step.probe watched {next(iter(watching.waiting))}, which this denoiser call never reached")
 
 
-def _conditional(step: Step, shared: frozenset[str]) -> dict[str, Any]:
-    """The call's arguments with the conditional rows of every batched tensor; containers are copied, not shared."""
-    rows, keep = step.rows, step.rows.cond
+def _conditional(step: Step, shared: frozenset[str], keep: slice | list[int]) -> dict[str, Any]:
+    """The call's arguments with only these rows of every batched tensor; containers are copied, not shared."""
+    rows = step.rows
 
     def take(value: Any, batched: bool) -> Any:
         if isinstance(value, Tensor):
@@ -94,6 +105,53 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for p in trained:
             p.requires_grad_(True)
+
+
+@contextmanager
+def checkpointed(model: Any) -> Iterator[None]:
+    """Gradient checkpointing is on for every block that has it; after, each is exactly as it was.
+
+    A block runs again in the backward, when the forward is over: then it must find what the forward set for its time,
+    the scale of LoRA layers and modules as written.
+
+    Raises:
+        ControlError: the model has none.
+    """
+    if not getattr(model, "_supports_gradient_checkpointing", False):
+        raise ControlError(f"{type(model).__name__} has no gradient checkpointing")
+    switches = ("gradient_checkpointing", "_gradient_checkpointing_func")
+    owned: list[dict[str, Any]] = [vars(module) for module in model.modules()]
+    before = [(own, {name: own[name] for name in switches if name in own}) for own in owned]
+    adapters = [module for module in model.modules() if isinstance(getattr(module, "scaling", None), dict)]
+
+    def block(module: Callable[..., Any], *args: Any) -> Any:
+        scales = [dict(adapter.scaling) for adapter in adapters]
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            now = [dict(adapter.scaling) for adapter in adapters]
+            _scale(adapters, scales)
+            try:
+                with uncompiled(model):
+                    yield
+            finally:
+                _scale(adapters, now)
+
+        return checkpoint(module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
+
+    try:
+        model.enable_gradient_checkpointing(block)
+        yield
+    finally:
+        for own, old in before:
+            for name in switches:
+                own.pop(name, None)
+            own.update(old)
+
+
+def _scale(adapters: list[Any], scales: list[dict[str, float]]) -> None:
+    for adapter, own in zip(adapters, scales, strict=True):
+        adapter.scaling.update(own)
 
 
 @contextmanager

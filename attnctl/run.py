@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -168,20 +168,31 @@ class Step:
             raise ControlError(f"latents of this step have shape {tuple(base.shape)}, not {tuple(value.shape)}")
         self.sample.edited = value.detach().to(base)
 
-    def probe(self, latents: Tensor, watch: Mapping[Site, Callable[[AttentionCall], None]]) -> None:
+    def probe(
+        self,
+        latents: Tensor,
+        watch: Mapping[Site, Callable[[AttentionCall], None]],
+        images: Sequence[int] | None = None,
+        checkpoint: bool = False,
+    ) -> None:
         """Run the denoiser on the conditional rows with these latents, to read attention; autograd is recorded.
 
         No control acts in this forward and its output is dropped: it stops right after the last watched site.
         Parameters are frozen meanwhile, so `torch.autograd.grad(loss, latents)` is all there is to differentiate.
 
         Args:
-            latents: unscaled, shaped like `step.latents`.
+            latents: unscaled, shaped like `step.latents`, or like its rows of `images`.
             watch: called with the first attention call of each of these sites; the sites must be among those the
                 control selects. In `call.step.rows` every row is conditional.
+            images: which of the step's images to run, by number; the others cost nothing. None: all.
+            checkpoint: keep only what enters each block of the model, and compute the rest again in the backward; less
+                memory, more time, the same gradient. Then `watch` may only take from a call what is there: whatever is
+                computed inside it would be missing when the block runs again.
 
         Raises:
-            ControlError: a site is not under control, or this forward never reached it.
+            ControlError: a site is not under control, or this forward never reached it; or the model has no gradient
+                checkpointing.
         """
         from .gradient import probe
 
-        probe(self, latents, watch)
+        probe(self, latents, watch, images, checkpoint)

@@ -25,6 +25,8 @@ class Probe(Control):
     where: Any = None
     watch: Any = None
     times: int = 1
+    images: Any = None
+    checkpoint: bool = False
     seen: list[dict] = field(default_factory=list)
     real: list[dict] = field(default_factory=list)
     gradients: list[torch.Tensor] = field(default_factory=list)
@@ -36,13 +38,14 @@ class Probe(Control):
         self.real.append({})
         for _ in range(self.times):
             seen: dict[str, Any] = {}
-            leaf = step.latents.detach().requires_grad_()
+            leaf = step.latents if self.images is None else step.latents[self.images]
+            leaf = leaf.detach().requires_grad_()
             watched = select(self.sites(step.wiring.family.sites(step.wiring.model)), self.watch)
 
             def see(call, seen=seen):
                 seen[call.site.name] = call
 
-            step.probe(leaf, dict.fromkeys(watched, see))
+            step.probe(leaf, dict.fromkeys(watched, see), self.images, self.checkpoint)
             with torch.enable_grad():
                 loss = sum(loss_of(call) for call in seen.values())
                 self.gradients.append(torch.autograd.grad(loss, leaf)[0])
@@ -174,6 +177,34 @@ def test_gradient_of_a_batch_equals_single_ones(family):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("images", [[1], [2, 0]])
+def test_some_images_alone_have_the_gradient_they_have_among_all(family, images):
+    prompts = ["a cat and a dog", "a red dog", "a blue cat"]
+    pipe = tiny.FAMILIES[family]()
+    every, some = Probe(("cross", "joint")), Probe(("cross", "joint"), images=images)
+    with attach(pipe, every, some):
+        tiny.draw(pipe, prompts, steps=1)
+    want = every.gradients[0][images]
+    torch.testing.assert_close(some.gradients[0], want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+    assert all(call.q.shape[0] == len(images) == call.step.rows.total for call in some.seen[0].values())
+
+
+@pytest.mark.parametrize("setting", ["controlnet", "ip_adapter", "inpaint", "euler", "true_guidance", "several"])
+def test_some_images_of_a_pipeline_with_company(setting):
+    pipe, extra = SETTINGS[setting]()
+    pictures = {name: value for name, value in extra.items() if name in ("image", "mask_image")}
+    extra |= {"prompt": ["a cat and a dog", "a red dog"], "num_images_per_prompt": 1}
+    extra |= {name: torch.cat([value, value.flip(-1)]) for name, value in pictures.items()}
+    if "negative_prompt" in extra:
+        extra["negative_prompt"] = ["blue", "red"]
+    every, some = Probe(("cross", "joint")), Probe(("cross", "joint"), images=[1])
+    with attach(pipe, every, some):
+        tiny.draw(pipe, **extra)
+    for got, want in zip(some.gradients, every.gradients, strict=True):
+        torch.testing.assert_close(got, want[1:], rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_forward_stops_after_the_last_watched_site(family):
     pipe = tiny.FAMILIES[family]()
     names = [site.name for site in attach_sites(pipe)]
@@ -261,6 +292,45 @@ def test_works_with_gradient_checkpointing(family):
         tiny.draw(pipe)
     for got, want in zip(checkpointed.gradients, plain.gradients, strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("family", tiny.MODELS)
+@pytest.mark.parametrize("last", [None, "middle"])
+def test_checkpointing_for_the_probe_alone(family, last):
+    """Equal gradients also where the forward stops in the middle of a block that has to run again."""
+    pipe = tiny.MODELS[family]()
+    names = [site.name for site in attach_sites(pipe) if site.kind in ("cross", "joint")]
+    watch = names[: len(names) // 2 + 1] if last else names
+    plain, saving = Probe(watch=watch), Probe(watch=watch, checkpoint=True)
+    ran: list[int] = []
+    block = tiny.denoiser(pipe).get_submodule(names[0])
+    handle = block.register_forward_pre_hook(lambda module, args: ran.append(1))
+    with attach(pipe, plain):
+        tiny.draw(pipe, steps=1)
+    once, before = len(ran), [sorted(vars(module)) for module in tiny.denoiser(pipe).modules()]
+    with attach(pipe, saving):
+        tiny.draw(pipe, steps=1)
+    handle.remove()
+    assert once == 2 and len(ran) == 2 + 3  # the block ran again
+    torch.testing.assert_close(saving.gradients[0], plain.gradients[0])
+    assert [sorted(vars(module)) for module in tiny.denoiser(pipe).modules()] == before
+    assert not tiny.denoiser(pipe).is_gradient_checkpointing
+
+
+def test_checkpointing_keeps_the_lora_scale_of_the_forward():
+    pipe, extra = lora()
+    plain, saving = Probe(("cross",)), Probe(("cross",), checkpoint=True)
+    with attach(pipe, plain, saving):
+        tiny.draw(pipe, **extra)
+    for got, want in zip(saving.gradients, plain.gradients, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_model_without_checkpointing_says_so(monkeypatch):
+    pipe = tiny.sd1()
+    monkeypatch.setattr(type(pipe.unet), "_supports_gradient_checkpointing", False)
+    with attach(pipe, Probe(checkpoint=True)), pytest.raises(ControlError, match="no gradient checkpointing"):
+        tiny.draw(pipe)
 
 
 def test_lora_scale_is_as_before():
