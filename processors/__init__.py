@@ -6,6 +6,10 @@ A method knows the engine (`attnctl`), no model family and no pipeline class. `C
 from attnctl.control import Control
 from attnctl.maps import TokenMaps
 
+from .astar import AStar
+from .binding import Binding
+from .excitation import Excitation
+from .retention import Retention
 from .segregation import Segregation
 
-__all__ = ["Control", "Segregation", "TokenMaps"]
+__all__ = ["AStar", "Binding", "Control", "Excitation", "Retention", "Segregation", "TokenMaps"]

@@ -21,7 +21,8 @@ from attnctl.prompts import TextStream, positions, text_rows
 from attnctl.run import Step
 from attnctl.sites import Site
 
-Preparation = Literal["attend-and-excite", "share", "mean"]
+Preparation = Literal["attend-and-excite", "attend-and-excite-padded", "share", "mean"]
+Columns = Literal["phrases", "prompt", "padded"]
 
 ENOUGH = 192  # cells; 16 x 12 is the 4:3 brother of the papers' 16 x 16
 
@@ -48,14 +49,20 @@ class Wanted:
     def to(self, device: torch.device) -> Wanted:
         return Wanted(self.tokens.to(device), self.real.to(device), self.members.to(device))
 
+    def pick(self, images: Sequence[int]) -> Wanted:
+        """The same of some of the images."""
+        numbers = list(images)
+        return Wanted(self.tokens[numbers], self.real[numbers], self.members[numbers])
 
-def wanted(texts: Sequence[tuple[TextStream, ...]], phrases: Sequence[str], whole_prompt: bool) -> Wanted:
+
+def wanted(texts: Sequence[tuple[TextStream, ...]], phrases: Sequence[str], columns: Columns) -> Wanted:
     """Find phrases in the prompt of each image.
 
     Args:
         texts: the text streams of each image.
         phrases: an image whose prompt lacks one does without it.
-        whole_prompt: read every token of the prompts, not only those of the phrases.
+        columns: which tokens to read: those of the "phrases"; all of the "prompt"; or "padded", every row but the first
+            and the last of each stream, as diffusers' Attend-and-Excite does.
 
     Raises:
         PhraseError: no prompt has the phrase.
@@ -73,10 +80,7 @@ def wanted(texts: Sequence[tuple[TextStream, ...]], phrases: Sequence[str], whol
     for column, phrase in enumerate(phrases):
         if not any(image[column] for image in places):
             raise trouble[phrase]
-    rows = [
-        text_rows(text) if whole_prompt else sorted({row for found in image for row in found})
-        for text, image in zip(texts, places, strict=True)
-    ]
+    rows = [_columns(text, image, columns) for text, image in zip(texts, places, strict=True)]
     most = max(map(len, rows))
     members = torch.zeros(len(rows), len(phrases), most)
     for i, image in enumerate(places):
@@ -85,6 +89,16 @@ def wanted(texts: Sequence[tuple[TextStream, ...]], phrases: Sequence[str], whol
     tokens = torch.tensor([one + [0] * (most - len(one)) for one in rows])
     real = torch.arange(most) < torch.tensor([len(one) for one in rows])[:, None]
     return Wanted(tokens, real, members)
+
+
+def _columns(text: tuple[TextStream, ...], found: list[list[int]], columns: Columns) -> list[int]:
+    """Text rows to read for one image, ascending."""
+    own = {row for rows in found for row in rows}
+    if columns == "prompt":
+        return sorted(own | set(text_rows(text)))
+    if columns == "padded":
+        return sorted(own | {one.offset + row for one in text for row in range(1, one.length - 1)})
+    return sorted(own)
 
 
 def default_sites(sites: Sequence[Site]) -> tuple[Site, ...]:
@@ -111,32 +125,42 @@ def coarsest(sites: Sequence[Site], latent_size: tuple[int, int]) -> tuple[Site,
     return tuple(site for site in sites if cells(site) == best)
 
 
-def read_maps(step: Step, latents: Tensor, sites: Sequence[Site], tokens: Tensor) -> Tensor:
+def read_maps(
+    step: Step,
+    latents: Tensor,
+    sites: Sequence[Site],
+    tokens: Tensor,
+    images: Sequence[int] | None = None,
+    checkpoint: bool = False,
+) -> Tensor:
     """Probabilities of tokens in an extra forward with these latents; differentiable in the latents.
 
     Args:
         step: the denoiser call under way.
-        latents: unscaled, like `step.latents`.
+        latents: unscaled, like `step.latents`, or like its rows of `images`.
         sites: where to read; several grids are averaged on the finest.
         tokens: (images, tokens) text rows.
+        images: which of the step's images these are. None: all.
+        checkpoint: see `Step.probe`.
 
     Returns:
         (images, tokens, height, width), float32, mean over heads and sites.
     """
+    calls: list[AttentionCall] = []
+    step.probe(latents, dict.fromkeys(sites, calls.append), images, checkpoint)
     sums: dict[tuple[int, int], Tensor] = {}
-
-    def see(call: AttentionCall) -> None:
+    last = int(tokens.max())
+    for call in calls:  # only now: what is computed inside a checkpointed block would be missing when it runs again
+        check_rows(call, last)
         maps = call_maps(call, slice(0, tokens.shape[0]), tokens).mean(dim=1)  # (images, cells, tokens)
         maps = maps.mT.unflatten(-1, call.grid)
         sums[call.grid] = sums[call.grid] + maps if call.grid in sums else maps
-
-    def checked(call: AttentionCall) -> None:
-        check_rows(call, last)
-        see(call)
-
-    last = int(tokens.max())
-    step.probe(latents, dict.fromkeys(sites, checked))
     return join_grids(sums) / len(sites)
+
+
+def columns_of(preparation: Preparation) -> Columns:
+    """The tokens that a preparation of maps needs."""
+    return {"attend-and-excite": "prompt", "attend-and-excite-padded": "padded"}.get(preparation, "phrases")  # type: ignore[return-value]
 
 
 def phrase_maps(maps: Tensor, wanted: Wanted, preparation: Preparation) -> Tensor:
@@ -145,20 +169,23 @@ def phrase_maps(maps: Tensor, wanted: Wanted, preparation: Preparation) -> Tenso
     Args:
         maps: (images, tokens, height, width) probabilities, mean over heads and sites.
         wanted: which token is part of what.
-        preparation:
+        preparation: of these, the tokens in `wanted` must be those of `columns_of`.
             "attend-and-excite"  softmax of 100 p over the prompt's own tokens (no start, end and padding), then a
                                  blur: values in [0, 1], and words compete for each place;
+            "attend-and-excite-padded"  the same over every column but the first and the last, end and padding
+                                 included, as diffusers' port does (and SD 1's padding is end tokens, which compete);
             "share"              each phrase's map divided by its sum, so that no word can win by fading (ours);
             "mean"               the probabilities as they are.
 
     Returns:
         (images, phrases, height, width); zeros where an image does not have the phrase.
     """
-    if preparation == "attend-and-excite":
+    competing = preparation.startswith("attend-and-excite")
+    if competing:
         real = wanted.real[:, :, None, None]
         maps = (100 * maps).masked_fill(~real, float("-inf")).softmax(dim=1)
     maps = torch.einsum("ithw,ipt->iphw", maps, wanted.members)
-    if preparation == "attend-and-excite":
+    if competing:
         return blur(maps)
     if preparation == "share":
         return maps / maps.sum(dim=(-2, -1), keepdim=True).clamp_min(1e-8)

@@ -12,6 +12,7 @@ import attnctl
 from attnctl import attach
 from attnctl.errors import ControlError, NoSiteError, PhraseError
 from attnctl.processors import Control, Segregation, TokenMaps
+from attnctl.processors.losses import segregation_loss
 from attnctl.processors.map_gradient import (
     blur,
     coarsest,
@@ -23,7 +24,6 @@ from attnctl.processors.map_gradient import (
     step_size,
     wanted,
 )
-from attnctl.processors.segregation import segregation_loss
 from attnctl.prompts import TextStream
 from attnctl.sites import Site
 
@@ -31,52 +31,6 @@ from attnctl.sites import Site
 def fields(*rows, seed=0):
     torch.manual_seed(seed)
     return torch.rand(*rows, dtype=torch.float64)
-
-
-# --- the loss of the paper --------------------------------------------------------------------------------------------
-
-
-def test_hand_values():
-    a = torch.tensor([[1.0, 3.0], [0.0, 0.0]])
-    b = torch.tensor([[0.0, 0.0], [2.0, 4.0]])
-    c = torch.tensor([[1.0, 1.0], [2.0, 0.0]])
-
-    def loss(*maps):
-        return segregation_loss(torch.stack(maps)[None], [(0, 1)]).item()
-
-    assert loss(a, a) == 0.5
-    assert loss(a, b) == 0
-    assert loss(a, c) == pytest.approx((1 + 1) / (4 + 4))
-    assert loss(a, c) == loss(c, a)
-    assert loss(a, 0.01 * a) == pytest.approx(0.01 / 1.01)  # why a word must not win by fading
-    assert loss(a * 0, a * 0) == 0
-
-
-@pytest.mark.parametrize("count", [2, 3, 5])
-def test_every_pair_counts_once_and_lies_between_0_and_a_half(count):
-    pairs = [(m, n) for m in range(count) for n in range(m)]
-    same = fields(1, 1, 4, 6).expand(1, count, 4, 6)
-    assert segregation_loss(same, pairs).item() == pytest.approx(0.5 * count * (count - 1) / 2)
-    one = fields(3, count, 4, 6)
-    total = segregation_loss(one, pairs)
-    assert total.shape == (3,) and (total > 0).all() and (total < 0.5 * len(pairs)).all()
-    torch.testing.assert_close(total, sum(segregation_loss(one, [pair]) for pair in pairs))
-
-
-def test_of_maps_that_sum_to_one_it_is_half_of_what_they_share():
-    maps = fields(2, 2, 5, 3)
-    maps = maps / maps.sum((-2, -1), keepdim=True)
-    variation = 0.5 * (maps[:, 0] - maps[:, 1]).abs().sum((-2, -1))
-    torch.testing.assert_close(segregation_loss(maps, [(0, 1)]), (1 - variation) / 2)
-
-
-def test_a_pair_counts_only_where_both_are_present():
-    maps = fields(3, 3, 4, 4)
-    present = torch.tensor([[True, True, True], [True, False, True], [False, False, True]])
-    got = segregation_loss(maps, [(0, 1), (0, 2)], present)
-    assert got[0] == segregation_loss(maps[:1], [(0, 1), (0, 2)])[0]
-    assert got[1] == segregation_loss(maps[1:2], [(0, 2)])[0]
-    assert got[2] == 0
 
 
 # --- preparation of maps ----------------------------------------------------------------------------------------------
@@ -120,7 +74,7 @@ def test_attend_and_excite_lets_the_prompts_tokens_compete():
     assert 0.58 < want < 0.63
 
 
-@pytest.mark.parametrize("preparation", ["attend-and-excite", "share", "mean"])
+@pytest.mark.parametrize("preparation", ["attend-and-excite", "attend-and-excite-padded", "share", "mean"])
 def test_tokens_of_a_phrase_are_summed_and_fillers_ignored(preparation):
     p = fields(2, 5, 4, 5) * 0.1
     request = request_for((2, 1), (1, 1))
@@ -224,16 +178,21 @@ def test_joint_models_are_read_in_the_middle():
 def test_phrases_of_each_prompt():
     tokenizer = tiny.clip_tokenizer()
     texts = [(TextStream(tokenizer, prompt),) for prompt in ("a cat and a dog", "a red cat", "a dog and a dog")]
-    some = wanted(texts, ["cat", "dog"], whole_prompt=False)
+    some = wanted(texts, ["cat", "dog"], columns="phrases")
     assert some.present.tolist() == [[True, True], [True, False], [False, True]]
     assert some.tokens.tolist() == [[2, 5], [3, 0], [2, 5]]
     assert some.real.tolist() == [[True, True], [True, False], [True, True]]
     assert some.members.tolist() == [[[1, 0], [0, 1]], [[1, 0], [0, 0]], [[0, 0], [1, 1]]]
-    every = wanted(texts, ["cat", "dog"], whole_prompt=True)
+    every = wanted(texts, ["cat", "dog"], columns="prompt")
     assert every.tokens.tolist() == [[1, 2, 3, 4, 5], [1, 2, 3, 0, 0], [1, 2, 3, 4, 5]]
     assert every.members[0].tolist() == [[0, 1, 0, 0, 0], [0, 0, 0, 0, 1]]
+    padded = wanted(texts, ["cat", "dog"], columns="padded")
+    assert padded.tokens.tolist() == [[*range(1, 76)]] * 3 and padded.real.all()
+    assert padded.members[1].nonzero().tolist() == [[0, 2]]
+    two = [(TextStream(tokenizer, "a cat"), TextStream(tokenizer, "a cat", 77, 16))]
+    assert wanted(two, ["cat"], columns="padded").tokens.tolist() == [[*range(1, 76), *range(78, 92)]]
     with pytest.raises(PhraseError, match="'bird' is not in the prompt; its words are"):
-        wanted(texts, ["cat", "bird"], whole_prompt=False)
+        wanted(texts, ["cat", "bird"], columns="phrases")
 
 
 def test_settings_out_of_range():
@@ -243,9 +202,12 @@ def test_settings_out_of_range():
     for settings in (
         {"strength": -1.0}, {"strength": math.nan}, {"relative": 0.0}, {"updates": 0}, {"maps": "median"},
         {"window": (0.5, 0.2)},
+        {"refine": 3}, {"refine": [0.5]},
     ):  # fmt: skip
         with pytest.raises(ControlError):
             Segregation("cat", "dog", **settings)
+    with pytest.raises(TypeError, match="no setting 'strenght'; it has strength, maps"):
+        Segregation("cat", "dog", strenght=1.0)
     one = Segregation("cat", ("cat", "dog"), strength=0.5)
     assert one.phrases == ("cat", ("cat", "dog")) and one == Segregation("cat", ("cat", "dog"), strength=0.5)
     assert "strength=0.5" in repr(one) and hash(one)
@@ -265,21 +227,21 @@ class Watched(Segregation):
     """Keeps what every update was made of."""
 
     def begin(self, run):
-        object.__setattr__(self, "seen", [])
+        self._set(seen=[])
         return super().begin(run)
 
-    def _update(self, step, trace, latents):
-        moved = super()._update(step, trace, latents)
+    def before_denoise(self, step):
+        before = step.latents.clone()
+        super().before_denoise(step)
+        trace = step.run.state(self)
         with torch.enable_grad():
-            z = latents.clone().requires_grad_()
-            loss = segregation_loss(
-                phrase_maps(read_maps(step, z, trace.sites, trace.wanted.tokens), trace.wanted, self.maps),
-                trace.pairs,
-                trace.wanted.present,
-            )
+            z = before.clone().requires_grad_()
+            tokens = read_maps(step, z, trace.sites, trace.wanted.tokens)
+            maps = phrase_maps(tokens, trace.wanted, self.maps)
+            loss = segregation_loss(maps, trace.terms[0].pairs, trace.wanted.present)
             gradient = torch.autograd.grad(loss.sum(), z)[0]
-        self.seen.append(SimpleNamespace(step=step, before=latents, after=moved, loss=loss.detach(), gradient=gradient))
-        return moved
+        one = SimpleNamespace(step=step, before=before, after=step.latents, loss=loss.detach(), gradient=gradient)
+        self.seen.append(one)
 
 
 def full_pass(pipe, control, trace, seen, images):
@@ -305,7 +267,7 @@ def full_pass(pipe, control, trace, seen, images):
             maps.append(torch.stack([p[i].mean(0)[:, trace.wanted.tokens[i]] for i in range(images)]))
         mean = torch.stack(maps).mean(0).mT.unflatten(-1, (h, w))
         prepared = phrase_maps(mean, trace.wanted, control.maps)
-        loss = segregation_loss(prepared, trace.pairs, trace.wanted.present)
+        loss = segregation_loss(prepared, trace.terms[0].pairs, trace.wanted.present)
         return loss.detach(), torch.autograd.grad(loss.sum(), z)[0]
 
 

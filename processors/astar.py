@@ -1,0 +1,67 @@
+"""A-STAR: segregation and retention together, in one gradient.
+
+A-STAR: Test-time Attention Segregation and Retention (Agarwal et al., ICCV 2023, arXiv 2306.14544), equation 4.
+"""
+
+from __future__ import annotations
+
+from attnctl.errors import ControlError
+
+from .binding import Bind, Bond, bonds_of
+from .descent import MapDescent, check_phrases, phrases_first
+from .loss_terms import Loss
+from .losses import Rule
+from .retention import Keep, Masks, check_rule, regions
+from .segregation import Apart, every_pair
+
+
+@phrases_first
+class AStar(MapDescent):
+    """Keeps phrases apart and each in its place: down the gradient of segregation + retention, one update a step.
+
+    Segregation and Retention attached side by side would make two updates a step, each with a forward of its own.
+
+    Args:
+        phrases: the things of the picture; every two are kept apart, except a noun and its own modifier.
+        bonds: modifiers and their nouns, such as (("red", "car"),): adds SynGen's binding loss (not in the paper).
+        masks: regions for phrases, see `Retention`.
+        rule, share: how masks are made of maps, see `Retention`.
+        segregation, retention, binding: weights of the losses. The paper has 1 and 1. At 0 a loss is left out.
+
+    The other settings are those of `MapDescent`.
+
+    Raises:
+        ControlError: a setting is out of its range.
+        NoSiteError: no selected site has text keys.
+        PhraseError: at the pipeline call, if no prompt has a phrase, or an image has none of them.
+    """
+
+    phrases: tuple[str, ...]
+    bonds: tuple[Bond, ...] = ()
+    masks: Masks = ()
+    rule: Rule = "half"
+    share: float = 0.2
+    segregation: float = 1.0
+    retention: float = 1.0
+    binding: float = 1.0
+
+    def check(self) -> None:
+        self._set(bonds=bonds_of(self.bonds), masks=regions(self.masks))
+        check_phrases("AStar", self.phrases, 2, "AStar('cat', 'dog')")
+        check_rule(self.rule, self.share)
+        weights = self.segregation, self.retention, self.binding
+        if not all(weight >= 0 for weight in weights) or not self.losses():
+            raise ControlError(f"weights may not be negative, nor all be 0; they are {weights}")
+        super().check()
+
+    def losses(self) -> list[Loss]:
+        found: list[Loss] = []
+        pairs = every_pair(self.phrases, self.bonds)
+        if self.segregation and pairs:
+            found.append(Apart(pairs, self.segregation))
+        if self.retention:
+            placed = (*self.phrases, *(phrase for phrase, _ in self.masks))
+            found.append(Keep(placed, self.masks, self.rule, self.share, self.retention))
+        if self.binding and self.bonds:
+            found.append(Bind(self.bonds, self.binding))
+        return found

@@ -1,0 +1,259 @@
+"""What all methods share that move the latents down the gradient of losses on maps: settings and loop.
+
+A method is a `Loss` (see `loss_terms`) and a `MapDescent` that names it. The loop is that of Attend-and-Excite (Chefer
+et al., SIGGRAPH 2023, arXiv 2301.13826): before a denoising step, an extra forward reads the maps, and the latents go
+down the gradient. Where we add to it, the setting says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from inspect import Parameter, Signature
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
+
+import torch
+
+from attnctl.control import Control, Lane
+from attnctl.errors import ControlError
+from attnctl.maps import check_window, with_text
+from attnctl.prompts import positions, streams
+from attnctl.run import Run, Step
+from attnctl.sites import Selection, Site, discover
+
+from .loss_terms import Loss, View
+from .map_gradient import (
+    Preparation,
+    coarsest,
+    columns_of,
+    default_sites,
+    descend,
+    gradients,
+    phrase_maps,
+    read_maps,
+    step_size,
+    wanted,
+)
+from .trace import Evaluation, Trace, Update
+
+ROUNDS = 20  # of refinement at most, as Attend-and-Excite has it
+C = TypeVar("C", bound=type)
+
+
+def phrases_first(cls: C) -> C:
+    """Make a class a frozen dataclass that is called `Name(*phrases, setting=value)`; `phrases` is its first field."""
+    made: Any = dataclass(frozen=True, init=False)(cls)
+    hints = get_type_hints(made)
+    parameters = [Parameter("phrases", Parameter.VAR_POSITIONAL, annotation=get_args(hints["phrases"])[0])]
+    parameters += [
+        Parameter(one.name, Parameter.KEYWORD_ONLY, default=one.default, annotation=hints[one.name])
+        for one in fields(made)
+        if one.name != "phrases"
+    ]
+    made.__signature__ = Signature(parameters)
+    return made
+
+
+@dataclass(frozen=True, init=False)
+class MapDescent(Control):
+    """Before each step of the denoiser, the latents move down the gradient of this control's losses.
+
+    An image of a batch uses the phrases that its own prompt has, and is treated as it would be alone. An update whose
+    gradient is not finite is skipped for its image, and counted.
+
+    Settings of every such control:
+        strength: factor of the step; 0 does nothing at all.
+        maps: how maps are prepared, see `phrase_maps`. "share" does not depend on how much attention words get at all,
+            which differs between models, and leaves no word anything to win by fading.
+        relative: length of an update as a share of the length of the latents; this too means the same in every model
+            and sampler. None: Attend-and-Excite's step size, see `step_size`, which was made for SD 1.
+        updates: how many updates at each step; each is an extra forward, as far as the last site, and its backward.
+        enough: an image whose loss, less the least it can be, is no more than this is left out of what updates the step
+            has left (ours). None: every image gets all updates.
+        refine: Attend-and-Excite's refinement: pairs (position in the schedule, loss less the least it can be). At that
+            position an image above that loss is updated until it is not, at most 20 times, before the ordinary update.
+            As in their code, the update in which the target is found met is still made. Their thresholds for 50 steps
+            are ((0, 0.95), (10, 0.5), (20, 0.2)) for `Excitation`. Also accepted as a dict.
+        keep_norm: give the latents back their length after each update.
+        checkpoint: gradient checkpointing in the extra forward: less memory, more time, the same gradient.
+        window: part of the schedule to act in, from 0 (noise) to 1 (picture): a step at f counts if start <= f < end.
+        where: sites to read maps from. None: the cross sites of the coarsest grid with 192 cells; where there are no
+            cross sites, the middle third of the joint ones.
+
+    Raises:
+        ControlError: a setting is out of its range.
+        NoSiteError: no selected site has text keys.
+        PhraseError: at the pipeline call, if no prompt has a phrase, or an image has nothing to act on.
+    """
+
+    phrases: tuple[Any, ...]
+    strength: float = 1.0
+    maps: Preparation = "share"
+    relative: float | None = 0.02
+    updates: int = 1
+    enough: float | None = None
+    refine: tuple[tuple[int, float], ...] = ()
+    keep_norm: bool = False
+    checkpoint: bool = False
+    window: tuple[float, float] = (0.0, 1.0)
+    where: Selection = None
+
+    lane: ClassVar[Lane] = Lane.GRADIENT
+
+    def __init__(self, *phrases: Any, **settings: Any) -> None:
+        known = {one.name: one for one in fields(self) if one.name != "phrases"}
+        if unknown := [name for name in settings if name not in known]:
+            raise TypeError(f"{type(self).__name__} has no setting {unknown[0]!r}; it has {', '.join(known)}")
+        self._set(phrases=phrases)
+        for name, one in known.items():
+            assert one.default is not MISSING
+            self._set(**{name: settings.get(name, one.default)})
+        self.check()
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def check(self) -> None:
+        """Raise unless every setting is in its range; bring settings to the form they are kept in."""
+        if not self.strength >= 0 or (self.relative is not None and not self.relative > 0):
+            raise ControlError(
+                f"strength may not be negative and relative must be positive; not {self.strength}, {self.relative}"
+            )
+        if self.updates < 1:
+            who = type(self).__name__
+            raise ControlError(f"updates must be at least 1, not {self.updates}; strength=0 switches {who} off")
+        if self.maps not in get_args(Preparation):
+            raise ControlError(f"maps are prepared as one of {', '.join(get_args(Preparation))}; not {self.maps!r}")
+        check_window(self.window)
+        try:
+            self._set(refine=tuple(sorted((int(at), float(target)) for at, target in dict(self.refine).items())))
+        except (TypeError, ValueError):
+            raise ControlError(f"refine holds pairs (position, loss), not {self.refine!r}") from None
+
+    def losses(self) -> list[Loss]:
+        """The losses of one run, new ones at each call: they remember what they have seen."""
+        raise NotImplementedError
+
+    def sites(self, available: tuple[Site, ...]) -> tuple[Site, ...]:
+        return with_text(available, default_sites(available) if self.where is None else self.where)
+
+    def begin(self, run: Run) -> Trace:
+        sites = self.sites(discover(run.pipe))
+        if self.where is None:
+            sites = coarsest(sites, run.latent_size)
+        texts = [streams(run, image) for image in range(run.images)]
+        losses = self.losses()
+        names = tuple(dict.fromkeys(phrase for loss in losses for phrase in loss.phrases))
+        columns = columns_of(self.maps)
+        if columns == "phrases" and any(loss.whole_prompt for loss in losses):
+            columns = "prompt"
+        found = wanted(texts, names, columns)
+        useful = torch.zeros(run.images, dtype=torch.bool)
+        for loss in losses:
+            useful |= loss.begin(run, names, texts, found)
+        for text, present, has in zip(texts, found.present.tolist(), useful.tolist(), strict=True):
+            if not has:
+                positions(text, names[present.index(False)])  # raises, and says what the prompt has instead
+        return Trace(sites, found, losses, 2.0**12 * torch.ones(run.images), torch.zeros(run.images, dtype=torch.long))
+
+    def before_denoise(self, step: Step) -> None:
+        if self.strength == 0 or not self.window[0] <= step.fraction < self.window[1]:
+            return
+        Descent(self, step, step.run.state(self)).go()
+
+
+class Descent:
+    """The updates of one step. `excess` is the loss less the least it can be, `gradient` its gradient at `z`."""
+
+    def __init__(self, control: MapDescent, step: Step, trace: Trace) -> None:
+        self.control, self.step, self.trace = control, step, trace
+        start = step.latents
+        trace.to(start.device)
+        for loss in trace.terms:
+            loss.begin_step(step.index)
+        self.z = start.detach().to(torch.promote_types(start.dtype, torch.float32))
+        self.excess = torch.full((len(start),), torch.nan, device=start.device)
+        self.gradient = torch.zeros_like(self.z)
+
+    def go(self) -> None:
+        """All updates of the step; the latents are assigned if there were any."""
+        control, every = self.control, list(range(len(self.z)))
+        self.evaluate(every)
+        target = dict(control.refine).get(self.step.run.start + self.step.index)
+        if target is not None:
+            self.refine(target)
+        images = self.above(control.enough, every)
+        for update in range(control.updates):
+            if update:
+                self.evaluate(images)
+                images = self.above(control.enough, images)
+            if not images:
+                break
+            self.move(images)
+        self.step.latents = self.z
+
+    def refine(self, target: float) -> None:
+        """Update the images above a loss until they are not. What was read last belongs to the latents as they are."""
+        running = self.above(target, list(range(len(self.z))))
+        for _ in range(ROUNDS):
+            if not running:
+                return
+            again = self.above(target, running)
+            self.move(running)
+            self.evaluate(running)
+            running = again
+
+    def above(self, target: float | None, images: list[int]) -> list[int]:
+        """Those of the images whose loss is higher."""
+        if target is None:
+            return images
+        excess = self.excess.tolist()
+        return [image for image in images if excess[image] > target]
+
+    def evaluate(self, images: list[int]) -> None:
+        """Read maps of some images at their latents, and work out their losses and gradients."""
+        control, trace = self.control, self.trace
+        every = len(images) == len(self.z)
+        with torch.enable_grad():
+            z = (self.z if every else self.z[images]).clone().requires_grad_()
+            own = trace.wanted if every else trace.wanted.pick(images)
+            tokens = read_maps(self.step, z, trace.sites, own.tokens, None if every else images, control.checkpoint)
+            view = View(phrase_maps(tokens, own, control.maps), tokens, images, control.maps)
+            read = {loss.name: loss.read(view) for loss in trace.terms}
+            total = torch.stack([term.total for term in read.values()]).sum(0)
+            gradient, finite = gradients(total, z, trace.scale[images])
+        floor = torch.stack([term.floor for term in read.values()]).sum(0)
+        self.excess[images], self.gradient[images] = (total.detach() - floor).to(self.excess.dtype), gradient
+        trace.skipped[images] += ~finite
+        trace.scale[images] /= torch.where(finite, 1.0, 16.0)  # half precision overflowed: be gentler
+        parts = {name: term.parts for name, term in read.items()}
+        trace.evaluations.append(Evaluation(self.step.index, tuple(images), parts, self.excess[images]))
+
+    def move(self, images: Sequence[int]) -> None:
+        """One step down for some images."""
+        control, step, numbers = self.control, self.step, list(images)
+        before, gradient = self.z[numbers], self.gradient[numbers]
+        if control.relative is not None:
+            after = descend(before, gradient, control.strength * control.relative, True, control.keep_norm)
+        else:
+            size = control.strength * step_size(step.run.start + step.index, step.run.schedule) / step.scale**2
+            after = descend(before, gradient, size, False, control.keep_norm)
+        self.z = self.z.index_copy(0, torch.tensor(numbers, device=self.z.device), after)
+        share = (after - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
+        losses = torch.full_like(self.excess, torch.nan)
+        losses[numbers] = self.excess[numbers]
+        self.trace.updates.append(Update(step.index, tuple(numbers), losses, share))
+
+
+def check_phrases(who: str, phrases: Sequence[Any], least: int, example: str) -> None:
+    """Raise unless these are at least so many different phrases."""
+    if (
+        any(not isinstance(phrase, str) for phrase in phrases)
+        or len(set(phrases)) != len(phrases)
+        or len(phrases) < least
+    ):
+        many = "a phrase" if least == 1 else "two phrases"
+        raise ControlError(
+            f"{who} needs {many}, each once, such as {example}; not {', '.join(map(repr, phrases)) or 'none'}"
+        )

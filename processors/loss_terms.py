@@ -1,0 +1,121 @@
+"""Loss: what a method asks of maps during one run, on top of the plain functions in `losses`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from attnctl.prompts import TextStream
+from attnctl.run import Run
+
+from .map_gradient import Preparation, Wanted
+
+
+@dataclass(frozen=True)
+class View:
+    """What a loss sees: the maps of some images in one extra forward.
+
+    Attributes:
+        maps: (images, phrases, height, width), prepared.
+        tokens: (images, tokens, height, width), probabilities, those of `Wanted.tokens`.
+        images: which images of the run these are, by number.
+        preparation: how `maps` were prepared.
+    """
+
+    maps: Tensor
+    tokens: Tensor
+    images: list[int]
+    preparation: Preparation
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A loss read once.
+
+    Attributes:
+        total: (images,), with its gradient.
+        floor: (images,), the least it can be.
+        parts: (images, parts) less the least each can be, without gradient; NaN where an image has no such part.
+    """
+
+    total: Tensor
+    floor: Tensor
+    parts: Tensor
+
+
+class Loss:
+    """One loss in one run.
+
+    Attributes:
+        name: of the method, for reports.
+        least: what each part is at least.
+        whole_prompt: it reads the maps of every token of the prompts.
+        phrases: those it reads.
+        labels: names of its parts, for reports.
+    """
+
+    name: ClassVar[str]
+    least: ClassVar[float] = 0.0
+    whole_prompt: ClassVar[bool] = False
+    labels: tuple[str, ...]
+
+    def __init__(self, phrases: Sequence[str], weight: float = 1.0) -> None:
+        self.phrases, self.weight = tuple(dict.fromkeys(phrases)), weight
+
+    def begin(self, run: Run, names: tuple[str, ...], texts: Sequence[tuple[TextStream, ...]], found: Wanted) -> Tensor:
+        """Learn where things are: maps come in the order of `names`.
+
+        Returns:
+            (images,) bool: there is something to do for the image.
+        """
+        raise NotImplementedError
+
+    def begin_step(self, index: int) -> None:
+        """A denoiser call begins."""
+
+    def parts(self, view: View) -> tuple[Tensor, Tensor]:
+        """(values, which of them count), each (images, parts); what does not count is 0 and has no gradient."""
+        raise NotImplementedError
+
+    def total(self, parts: Tensor) -> Tensor:
+        """(images, parts) -> (images,)."""
+        return parts.sum(-1)
+
+    def read(self, view: View) -> Reading:
+        """Work out the loss, weighted; the parts of a report are not."""
+        values, counts = self.parts(view)
+        floor = self.weight * self.least * counts.sum(-1)
+        parts = torch.where(counts, values.detach() - self.least, torch.nan)
+        return Reading(self.weight * self.total(values), floor, parts)
+
+
+class OfPairs(Loss):
+    """A loss whose parts are pairs of phrases."""
+
+    def __init__(self, pairs: Sequence[tuple[str, str]], weight: float = 1.0) -> None:
+        super().__init__([phrase for pair in pairs for phrase in pair], weight)
+        self.named = tuple(pairs)
+        self.labels = tuple(" | ".join(pair) for pair in pairs)
+
+    def begin(self, run: Run, names: tuple[str, ...], texts: Sequence[tuple[TextStream, ...]], found: Wanted) -> Tensor:
+        self.pairs = [(names.index(one), names.index(other)) for one, other in self.named]
+        self.present = found.present
+        return self.both(self.present).any(-1)
+
+    def both(self, present: Tensor) -> Tensor:
+        """(images, phrases) -> (images, pairs): which pairs an image has."""
+        return torch.stack([present[:, one] & present[:, other] for one, other in self.pairs], -1)
+
+
+class OfPhrases(Loss):
+    """A loss whose parts are phrases."""
+
+    def begin(self, run: Run, names: tuple[str, ...], texts: Sequence[tuple[TextStream, ...]], found: Wanted) -> Tensor:
+        self.labels = self.phrases
+        self.columns = [names.index(phrase) for phrase in self.phrases]
+        self.present = found.present[:, self.columns]
+        return self.present.any(-1)

@@ -1,0 +1,135 @@
+"""Retention: words of the prompt go on looking where they looked a step ago, or look where they are told to.
+
+A-STAR: Test-time Attention Segregation and Retention (Agarwal et al., ICCV 2023, arXiv 2306.14544), equation 3. With
+masks of the user's own, as in its figure 12, it controls the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+from torch import Tensor
+
+from attnctl.errors import ControlError
+from attnctl.prompts import TextStream
+from attnctl.regions import Region
+from attnctl.run import Run
+
+from .descent import MapDescent, check_phrases, phrases_first
+from .loss_terms import Loss, OfPhrases, View
+from .losses import Rule, binarise, retention_parts
+from .map_gradient import Wanted
+
+Masks = tuple[tuple[str, Any], ...]  # (phrase, anything a Region is made of)
+
+
+class Keep(OfPhrases):
+    """`retention_loss` of phrases.
+
+    A phrase's mask is the high part of its map as it was last read in the step before, or a region given for it.
+    Without a region a phrase has no mask, and no loss, until a step is over. Steps are counted as calls of the
+    denoiser, since a scheduler may repeat a timestep.
+    """
+
+    name = "retention"
+    least = 0.5
+
+    def __init__(
+        self, phrases: Sequence[str], masks: Masks = (), rule: Rule = "half", share: float = 0.2, weight: float = 1.0
+    ) -> None:
+        super().__init__(phrases, weight)
+        self.regions, self.rule, self.share = dict(masks), rule, share
+        self.step = -1
+        self.latest: Tensor | None = None  # (all images, phrases, height, width): maps as last read
+        self.masks: Tensor | None = None  # of the same shape
+
+    def begin(self, run: Run, names: tuple[str, ...], texts: Sequence[tuple[TextStream, ...]], found: Wanted) -> Tensor:
+        factor = int(getattr(run.pipe, "vae_scale_factor", 8))
+        self.picture = run.latent_size[0] * factor, run.latent_size[1] * factor
+        return super().begin(run, names, texts, found)
+
+    def begin_step(self, index: int) -> None:
+        if index != self.step and self.latest is not None:
+            self.masks = binarise(self.latest, self.rule, self.share)
+            self._place(self.masks)
+        self.step = index
+
+    def parts(self, view: View) -> tuple[Tensor, Tensor]:
+        maps = view.maps[:, self.columns]
+        if self.latest is None:
+            self.latest = maps.new_zeros(len(self.present), *maps.shape[1:])
+            self._place(self.latest)  # until the first step is over, the regions are all there is
+            self.masks = self.latest.clone()
+        assert self.masks is not None
+        self.latest[view.images] = maps.detach()
+        masks = self.masks[view.images]
+        counts = self.present[view.images].to(maps.device) & masks.flatten(-2).any(-1)
+        if view.preparation == "share":  # maps that sum to 1 are compared with masks that do
+            masks = masks / masks.sum((-2, -1), keepdim=True).clamp_min(1e-8)
+        return retention_parts(maps, masks, counts), counts
+
+    def _place(self, masks: Tensor) -> None:
+        """Put the given regions in the place of what is there."""
+        grid = masks.shape[-2], masks.shape[-1]
+        for column, phrase in enumerate(self.phrases):
+            if phrase in self.regions:
+                masks[:, column] = Region(self.regions[phrase]).on(grid, self.picture).to(masks)
+
+
+@phrases_first
+class Retention(MapDescent):
+    """Keeps each phrase where it was, or where you want it: down the gradient of `retention_loss`.
+
+    Args:
+        phrases: what to keep in its place; may be left out if there are masks.
+        masks: regions for phrases, as a dict or pairs: a box, a mask, a picture or layer, see `attnctl.regions.Region`.
+            Their phrases need not be named again. Phrases without one keep to the mask of their own last step.
+        rule: how a mask is made of a map, see `losses.binarise`. The paper does not say; "half" is ours.
+        share: of the cells, for the rule "quantile".
+
+    The other settings are those of `MapDescent`. With maps="share" a mask is divided by its sum, as maps are (ours):
+    against masks of zeros and ones such small values would have hardly any slope, see `losses.retention_loss`.
+
+    Raises:
+        ControlError: a setting is out of its range, or a region is none.
+        NoSiteError: no selected site has text keys.
+        PhraseError: at the pipeline call, if no prompt has a phrase, or an image has none of them.
+    """
+
+    phrases: tuple[str, ...]
+    masks: Masks = ()
+    rule: Rule = "half"
+    share: float = 0.2
+
+    def check(self) -> None:
+        self._set(masks=regions(self.masks))
+        self._set(phrases=tuple(dict.fromkeys((*self.phrases, *(phrase for phrase, _ in self.masks)))))
+        check_phrases("Retention", self.phrases, 1, "Retention('cat', 'dog')")
+        check_rule(self.rule, self.share)
+        super().check()
+
+    def losses(self) -> list[Loss]:
+        return [Keep(self.phrases, self.masks, self.rule, self.share)]
+
+
+def regions(masks: Any) -> Masks:
+    """Pairs or a dict of phrases and regions, as pairs of a phrase and a `Region`."""
+    pairs = masks.items() if isinstance(masks, Mapping) else masks
+    try:
+        found = tuple((phrase, Region(what)) for phrase, what in pairs)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ControlError):
+            raise
+        raise ControlError(f"masks are pairs (phrase, region) or a dict of them, not {masks!r}") from None
+    if len({phrase for phrase, _ in found}) != len(found) or any(not isinstance(phrase, str) for phrase, _ in found):
+        raise ControlError("masks name each phrase once")
+    return found
+
+
+def check_rule(rule: str, share: float) -> None:
+    """Raise unless masks can be made like that."""
+    if rule not in get_args(Rule):
+        raise ControlError(f"a mask is made by one of {', '.join(get_args(Rule))}; not {rule!r}")
+    if not 0 < share <= 1:
+        raise ControlError(f"share is part of the cells, above 0 and up to 1; not {share}")

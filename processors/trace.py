@@ -1,0 +1,124 @@
+"""Trace: what a control by gradients has done in one run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnctl.sites import Site
+
+from .loss_terms import Loss
+from .map_gradient import Wanted
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One extra forward.
+
+    Attributes:
+        step: denoiser call, from 0.
+        images: which images it ran, by number.
+        parts: loss -> (images, parts), each less the least it can be; NaN where an image has no such part.
+        excess: (images,), the sum of all losses, weighted, less the least it can be.
+    """
+
+    step: int
+    images: tuple[int, ...]
+    parts: dict[str, Tensor]
+    excess: Tensor
+
+
+@dataclass(frozen=True)
+class Update:
+    """One step of the latents.
+
+    Attributes:
+        step: denoiser call, from 0.
+        images: which images were to move, by number.
+        losses: (all images,), the excess before; NaN for those that were not to move.
+        share: (images,), length of the update as a share of the length of the latents; 0 where it was skipped.
+    """
+
+    step: int
+    images: tuple[int, ...]
+    losses: Tensor
+    share: Tensor
+
+
+@dataclass
+class Trace:
+    """What a control by gradients has done in one run. Losses are less the least they can be.
+
+    Attributes:
+        sites: where maps were read.
+        wanted: which tokens.
+        terms: the losses.
+        scale: (images,), of the losses on their way through the model, see `map_gradient.gradients`.
+        skipped: (images,), gradients that were not finite; their updates were not made.
+    """
+
+    sites: tuple[Site, ...]
+    wanted: Wanted
+    terms: list[Loss]
+    scale: Tensor
+    skipped: Tensor
+    evaluations: list[Evaluation] = field(default_factory=list)
+    updates: list[Update] = field(default_factory=list)
+
+    @property
+    def losses(self) -> list[Tensor]:
+        """One (images,) tensor per update, before that update; NaN for images that were left out."""
+        return [update.losses for update in self.updates]
+
+    def to(self, device: torch.device) -> None:
+        """What the loop works with, onto a device."""
+        self.wanted, self.scale, self.skipped = (x.to(device) for x in (self.wanted, self.scale, self.skipped))  # type: ignore[assignment]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: for each step its evaluations and updates. Values per image; None is a value that is not there.
+
+        `forwards` counts extra forwards, `image_forwards` the images in them.
+        """
+        labels = {term.name: list(term.labels) for term in self.terms}
+
+        def evaluation(one: Evaluation) -> dict[str, Any]:
+            losses = {
+                name: {label: _plain(values[:, k]) for k, label in enumerate(labels[name])}
+                for name, values in one.parts.items()
+            }
+            return {"images": list(one.images), "losses": losses, "total": _plain(one.excess)}
+
+        def update(one: Update) -> dict[str, Any]:
+            return {"images": list(one.images), "share": _plain(one.share)}
+
+        updates = {step: [update(one) for one in same] for step, same in groupby(self.updates, lambda one: one.step)}
+        steps = [
+            {"step": step, "evaluations": [evaluation(one) for one in same], "updates": updates.get(step, [])}
+            for step, same in groupby(self.evaluations, lambda one: one.step)
+        ]
+        return {
+            "sites": [site.name for site in self.sites],
+            "forwards": len(self.evaluations),
+            "image_forwards": sum(len(one.images) for one in self.evaluations),
+            "updates": len(self.updates),
+            "skipped": self.skipped.tolist(),
+            "steps": steps,
+        }
+
+    def __str__(self) -> str:
+        if not self.updates:
+            return "no update"
+        first, last = (
+            ", ".join(f"{value:.3g}" for value in one.losses.tolist()) for one in (self.updates[0], self.updates[-1])
+        )
+        text = f"{len(self.updates)} updates at {len(self.sites)} sites, loss {first} -> {last}"
+        return text + (f", skipped {self.skipped.tolist()}" if self.skipped.any() else "")
+
+
+def _plain(values: Tensor) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in values.tolist()]
