@@ -22,16 +22,30 @@ class Report:
         calls: conditional denoiser calls of the latest pipeline call.
         foreign: sites where somebody has set another processor since and no pipeline call has followed, or one that
             cannot be controlled.
+        traces: of the latest pipeline call, (name of the control, what it has to tell), for controls that keep a trace:
+            anything with `to_json` as their `run.state`.
     """
 
     family: str
     sites: tuple[tuple[str, tuple[str, ...]], ...]
     calls: int = 0
     foreign: tuple[str, ...] = field(default=())
+    traces: tuple[tuple[str, Any], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "family": self.family,
+            "calls": self.calls,
+            "sites": [{"control": name, "sites": list(sites)} for name, sites in self.sites],
+            "foreign": list(self.foreign),
+            "traces": [{"control": name} | trace.to_json() for name, trace in self.traces],
+        }
 
     def __str__(self) -> str:
         lines = [f"{self.family}, {self.calls} denoiser calls"]
         lines += [f"{name}: {len(sites)} sites" for name, sites in self.sites]
+        lines += [f"{name}: {trace}" for name, trace in self.traces]
         if self.foreign:
             lines.append(f"another processor was set: {', '.join(self.foreign)}")
         return "\n".join(lines)
@@ -98,6 +112,7 @@ class Attachment:
     def report(self) -> Report:
         """What this attachment does and has done."""
         seats = self._wiring.seats if self._wiring else {}
+        states = self.latest.states(self.controls) if self.latest else ()
         return Report(
             family=self.family,
             sites=tuple(
@@ -106,6 +121,7 @@ class Attachment:
             ),
             calls=self.latest.calls if self.latest else 0,
             foreign=tuple(name for name, seat in seats.items() if not seat.in_place()),
+            traces=tuple((type(control).__name__, state) for control, state in states if hasattr(state, "to_json")),
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,10 @@ class Run:
             return self._states[id(control)][1]
         except KeyError:
             raise ControlError(f"{type(control).__name__} has not begun in this run; is it attached?") from None
+
+    def states(self, controls: Iterable[Control]) -> list[tuple[Control, Any]]:
+        """The controls that have begun in this run, with their states."""
+        return [(control, self.state(control)) for control in controls if id(control) in self._states]
 
     def begin(self, control: Control) -> None:
         """Let a control begin, once."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from attnctl.errors import ControlError
 
-from .binding import Bind, Bond, bonds_of
+from .binding import Bind, Bond, bonds_of, ends
 from .descent import MapDescent, check_phrases, phrases_first
 from .loss_terms import Loss
 from .losses import Rule
@@ -23,7 +23,7 @@ class AStar(MapDescent):
 
     Args:
         phrases: the things of the picture; every two are kept apart, except a noun and its own modifier.
-        bonds: modifiers and their nouns, such as (("red", "car"),): adds SynGen's binding loss (not in the paper).
+        bonds: modifiers and their nouns, such as ("red car",), see `Binding`: adds its loss (not in the paper).
         masks: regions for phrases, see `Retention`.
         rule, share: how masks are made of maps, see `Retention`.
         segregation, retention, binding: weights of the losses. The paper has 1 and 1. At 0 a loss is left out.
@@ -56,7 +56,7 @@ class AStar(MapDescent):
 
     def losses(self) -> list[Loss]:
         found: list[Loss] = []
-        pairs = every_pair(self.phrases, self.bonds)
+        pairs = every_pair(self.phrases, [ends(bond) for bond in self.bonds])
         if self.segregation and pairs:
             found.append(Apart(pairs, self.segregation))
         if self.retention:

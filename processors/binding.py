@@ -18,36 +18,52 @@ from attnctl.prompts import TextStream, text_rows
 from attnctl.run import Run
 
 from .descent import MapDescent, phrases_first
-from .loss_terms import Loss, OfPairs, View
+from .loss_terms import Loss, View
 from .losses import binding_parts
 from .map_gradient import Wanted
 
-Bond = tuple[str, str]  # modifier, noun
+Bond = str | tuple[str, str]
 
 
-class Bind(OfPairs):
-    """`binding_loss` of bonds. Its maps are always the shares of raw probabilities, whatever other losses see."""
+class Bind(Loss):
+    """`binding_loss` of bonds. Its maps are always those of raw probabilities, whatever other losses see."""
 
     name = "binding"
     whole_prompt = True
 
+    def __init__(self, bonds: Sequence[Bond], weight: float = 1.0) -> None:
+        self.bonds = tuple(bonds)
+        self.labels = tuple(" | ".join(ends(bond)) for bond in bonds)
+        written = [(bond, ends(bond)[1]) if isinstance(bond, str) else bond for bond in bonds]
+        super().__init__([phrase for pair in written for phrase in pair], weight)
+
     def begin(self, run: Run, names: tuple[str, ...], texts: Sequence[tuple[TextStream, ...]], found: Wanted) -> Tensor:
-        useful = super().begin(run, names, texts, found)
-        self.members = found.members
-        own = torch.zeros_like(found.real)
+        members = {name: found.members[:, column] for column, name in enumerate(names)}  # (images, tokens) each
+        modifiers, nouns = [], []
+        for bond in self.bonds:
+            if isinstance(bond, str):  # of "red car", the car that is in it, and what else is in it
+                noun = members[bond] * members[ends(bond)[1]]
+                modifiers.append(members[bond] - noun)
+            else:
+                noun = members[bond[1]]
+                modifiers.append(members[bond[0]])
+            nouns.append(noun)
+        self.modifiers, self.nouns = torch.stack(modifiers, 1), torch.stack(nouns, 1)  # (images, bonds, tokens)
+        self.present = self.modifiers.any(-1) & self.nouns.any(-1)
+        own = found.real.clone()  # neither padding nor what was filled up
         for image, text in enumerate(texts):
-            own[image] = torch.isin(found.tokens[image], torch.tensor(text_rows(text)))
-        own &= found.real
-        bound = torch.stack([found.members[:, m] + found.members[:, n] for m, n in self.pairs], 1).bool()
-        self.apart = own[:, None] & ~bound  # (images, bonds, tokens)
-        return useful
+            own[image] &= torch.isin(found.tokens[image], torch.tensor(text_rows(text)))
+        self.apart = own[:, None] & ~(self.modifiers + self.nouns).bool()
+        return self.present.any(-1)
 
     def parts(self, view: View) -> tuple[Tensor, Tensor]:
-        members, apart, present = (
-            x[view.images].to(view.tokens.device) for x in (self.members, self.apart, self.present)
+        modifiers, nouns, apart, present = (
+            x[view.images].to(view.tokens.device) for x in (self.modifiers, self.nouns, self.apart, self.present)
         )
-        maps = torch.einsum("ithw,ipt->iphw", view.tokens, members)
-        return binding_parts(maps, self.pairs, view.tokens, apart, present), self.both(present)
+        maps = torch.einsum("ithw,ibt->ibhw", view.tokens, torch.cat([modifiers, nouns], 1))
+        count = len(self.bonds)
+        pairs = [(bond, count + bond) for bond in range(count)]
+        return binding_parts(maps, pairs, view.tokens, apart, torch.cat([present, present], 1)), present
 
 
 @phrases_first
@@ -55,8 +71,8 @@ class Binding(MapDescent):
     """Brings each modifier to its noun: down the gradient of `binding_loss`.
 
     Args:
-        phrases: bonds, each a tuple (modifier, noun), such as ("red", "car"). A word that is there twice is told apart
-            by its number: ("red#2", "bowl").
+        phrases: bonds. "red car" binds its last word to the words before it, where the prompt has them in a row, so
+            that another red thing is no matter; ("red", "car") binds two phrases wherever they are.
 
     The other settings are those of `MapDescent`; `maps` does not matter, since the loss has maps of its own. It has no
     least value, so reports hold the loss itself.
@@ -72,18 +88,32 @@ class Binding(MapDescent):
     def check(self) -> None:
         self._set(phrases=bonds_of(self.phrases))
         if not self.phrases:
-            raise ControlError("Binding needs a modifier and its noun, such as Binding(('red', 'car'))")
+            raise ControlError("Binding needs a modifier and its noun, such as Binding('red car')")
         super().check()
 
     def losses(self) -> list[Loss]:
         return [Bind(self.phrases)]
 
 
+def ends(bond: Bond) -> tuple[str, str]:
+    """(modifier, noun) of a bond."""
+    if not isinstance(bond, str):
+        return bond
+    modifier, _, noun = bond.rpartition(" ")
+    return modifier, noun
+
+
 def bonds_of(bonds: Any) -> tuple[Bond, ...]:
-    """The bonds, checked: pairs of two different phrases."""
-    found = []
-    for bond in bonds:
-        if isinstance(bond, str) or len(bond) != 2 or bond[0] == bond[1] or not all(isinstance(b, str) for b in bond):
-            raise ControlError(f"a bond is a pair (modifier, noun), such as ('red', 'car'); not {bond!r}")
-        found.append((bond[0], bond[1]))
+    """The bonds, checked: each two words or more, or a pair of different phrases.
+
+    Raises:
+        ControlError: one is neither.
+    """
+    found: list[Bond] = []
+    for bond in (bonds,) if isinstance(bonds, str) else bonds:
+        one: Any = " ".join(bond.split()) if isinstance(bond, str) else tuple(bond)
+        pair = ends(one) if isinstance(one, str) else one
+        if len(pair) != 2 or not all(isinstance(end, str) and end for end in pair) or pair[0] == pair[1]:
+            raise ControlError(f"a bond is 'red car' or a pair ('red', 'car'), not {bond!r}")
+        found.append(one)
     return tuple(dict.fromkeys(found))

@@ -16,7 +16,7 @@ from .loss_terms import Loss
 from .map_gradient import Wanted
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     """One extra forward.
 
@@ -33,7 +33,7 @@ class Evaluation:
     excess: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Update:
     """One step of the latents.
 
@@ -50,7 +50,7 @@ class Update:
     share: Tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class Trace:
     """What a control by gradients has done in one run. Losses are less the least they can be.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from toys import Bias, Descend, Guide, Identity, Output, Push
 
 from attnctl.control import Control
-from attnctl.processors import Segregation, TokenMaps
+from attnctl.processors import AStar, Binding, Excitation, Retention, Segregation, TokenMaps
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Case:
     families: tuple[str, ...] = tuple(tiny.MODELS)
 
 
+LEFT = (0, 0, 0.5, 1)
+
 CASES = {
     "identity": Case(Identity, Identity, moves=False),
     "bias": Case(Bias, lambda: Bias(strength=0.0)),
@@ -47,6 +49,16 @@ CASES = {
     "maps": Case(TokenMaps, TokenMaps, moves=False),
     "segregation": Case(
         lambda: Segregation("cat", "dog", relative=0.1), lambda: Segregation("cat", "dog", strength=0.0)
+    ),
+    "excitation": Case(lambda: Excitation("cat", "dog", relative=0.1), lambda: Excitation("cat", "dog", strength=0.0)),
+    "retention": Case(
+        lambda: Retention("dog", masks={"cat": LEFT}, relative=0.1),
+        lambda: Retention("dog", masks={"cat": LEFT}, strength=0.0),
+    ),
+    "binding": Case(lambda: Binding(("and", "dog"), relative=0.1), lambda: Binding(("and", "dog"), strength=0.0)),
+    "astar": Case(
+        lambda: AStar("cat", "dog", bonds=(("and", "cat"),), updates=2, enough=0.1, relative=0.1),
+        lambda: AStar("cat", "dog", strength=0.0),
     ),
 }
 

@@ -1,0 +1,244 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+
+from attnctl import attach
+from attnctl.errors import ControlError, PhraseError
+from attnctl.processors import AStar, Binding, Control, Excitation, Retention, Segregation
+from attnctl.processors.losses import binarise, binding_loss, retention_loss, segregation_loss
+from attnctl.processors.retention import Keep
+
+TEXTS = ["a cat and a red dog", "a red dog and a cat"]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny.sd1()
+
+
+class Views:
+    """Mixed into a control: keeps what its losses were shown."""
+
+    def losses(self):
+        self._set(seen=[])
+        found = super().losses()
+        first = found[0]
+        read = first.read
+
+        def keep(view):
+            reading = read(view)
+            self.seen.append(view)
+            return reading
+
+        first.read = keep
+        return found
+
+
+def trace_of(pipe, control, texts=TEXTS, steps=3):
+    with attach(pipe, control) as run:
+        tiny.draw(pipe, texts, steps=steps)
+    return run.run.state(control)
+
+
+# --- the sum of the paper ---------------------------------------------------------------------------------------------
+
+
+def test_one_gradient_of_all_losses_as_written(pipe):
+    class Seen(Views, AStar):
+        pass
+
+    control = Seen("cat", "dog", bonds=("red dog",), maps="attend-and-excite", rule="otsu", retention=0.5)
+    trace = trace_of(pipe, control)
+    assert len(trace.updates) == len(control.seen) == 3
+    before = None
+    for view, one in zip(control.seen, trace.evaluations, strict=True):
+        maps = view.maps.detach()  # cat, dog, red dog
+        want = segregation_loss(maps, [(0, 1)])
+        if before is not None:
+            want += 0.5 * (retention_loss(maps[:, :2], binarise(before[:, :2], "otsu")) - 2 * 0.5)
+        red, dog = [[5], [2]], [[6], [3]]  # rows of the text, from 1
+        shares = view.tokens.detach()
+        for image in range(2):
+            bond = torch.stack([shares[image, red[image][0] - 1], shares[image, dog[image][0] - 1]])[None]
+            rest = [row for row in range(6) if row + 1 not in (red[image][0], dog[image][0])]
+            want[image] += binding_loss(bond, [(0, 1)], shares[image, rest][None], torch.ones(1, 1, 4))[0]
+        torch.testing.assert_close(one.excess, want, atol=1e-5, rtol=1e-4)
+        before = maps
+
+
+def test_alone_each_method_is_what_it_is_in_the_sum(pipe):
+    pairs = (
+        (AStar("cat", "dog", retention=0), Segregation("cat", "dog")),
+        (AStar("cat", "dog", segregation=0, rule="quantile"), Retention("cat", "dog", rule="quantile")),
+        (AStar("red", "dog", bonds=("red dog",), retention=0), Binding("red dog")),  # no pair: its own adjective
+    )
+    for one, other in pairs:
+        for a, b in zip(trace_of(pipe, one).losses, trace_of(pipe, other).losses, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_weights_and_phrases_are_checked():
+    for settings in ({"segregation": -1.0}, {"segregation": 0, "retention": 0}, {"rule": "median"}, {"share": 0.0}):
+        with pytest.raises(ControlError):
+            AStar("cat", "dog", **settings)
+    with pytest.raises(ControlError, match="AStar needs two phrases"):
+        AStar("cat")
+    for bond in ("car", ("red", "red"), ("a", "red", "car"), 3):
+        with pytest.raises((ControlError, TypeError)):
+            Binding(bond)
+    assert Binding("a  red car", ("red", "car")).phrases == ("a red car", ("red", "car"))
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def keep_of(images=2, **settings):
+    keep = Keep(("cat", "dog"), **settings)
+    run = SimpleNamespace(pipe=SimpleNamespace(vae_scale_factor=2), latent_size=(16, 24))
+    found = SimpleNamespace(present=torch.ones(images, 2, dtype=torch.bool))
+    keep.begin(run, ("cat", "dog"), [], found)
+    return keep
+
+
+def view_of(maps, images, preparation="mean"):
+    return SimpleNamespace(maps=maps, images=images, preparation=preparation)
+
+
+def test_masks_roll_with_steps_and_not_with_updates():
+    keep, maps = keep_of(), torch.rand(4, 2, 2, 6, 5)
+    keep.begin_step(0)
+    values, counts = keep.parts(view_of(maps[0], [0, 1]))
+    assert not counts.any() and not values.any()  # nothing to keep yet
+    assert not keep.parts(view_of(maps[1], [0, 1]))[1].any()  # a second update of the same step
+    keep.begin_step(1)
+    values, counts = keep.parts(view_of(maps[2], [0, 1]))
+    assert counts.all()
+    torch.testing.assert_close(values.sum(-1), retention_loss(maps[2], binarise(maps[1])))  # the last that was read
+    values, _ = keep.parts(view_of(maps[3][1:], [1]))  # one image goes on alone, against the same mask
+    torch.testing.assert_close(values.sum(-1), retention_loss(maps[3], binarise(maps[1]))[1:])
+    keep.begin_step(2)
+    latest = torch.stack([maps[2][0], maps[3][1]])
+    values, _ = keep.parts(view_of(maps[0], [0, 1]))
+    torch.testing.assert_close(values.sum(-1), retention_loss(maps[0], binarise(latest)))
+
+
+def test_a_region_counts_from_the_first_step_and_stays():
+    keep, maps = keep_of(masks=(("dog", (24, 0, 48, 32)),)), torch.rand(2, 2, 4, 6)
+    right = torch.zeros(4, 6)
+    right[:, 3:] = 1
+    for step in range(3):
+        keep.begin_step(step)
+        values, counts = keep.parts(view_of(maps, [0, 1]))
+        assert counts.tolist() == [[step > 0, True]] * 2
+        torch.testing.assert_close(values[:, 1], retention_loss(maps[:, 1:], right.expand(2, 1, 4, 6)))
+
+
+def test_shares_are_compared_with_shares():
+    keep = keep_of(masks=(("cat", (0, 0, 0.5, 1)),))
+    mask = torch.zeros(2, 2, 4, 6)
+    mask[:, 0, :, :3] = 1
+    keep.begin_step(0)
+    values, counts = keep.parts(view_of(mask / 12, [0, 1], "share"))
+    assert (
+        values.tolist() == [[0.5, 0]] * 2 and counts.tolist() == [[True, False]] * 2
+    )  # a perfect map has the least loss
+
+
+def test_a_region_pulls_its_word_into_it(pipe):
+    control = Retention(masks={"cat": (0, 0, 0.5, 1)}, relative=0.01, updates=4, window=(0, 0.5))
+    losses = torch.stack(trace_of(pipe, control, steps=2).losses)
+    assert losses.shape == (4, 2) and (losses.diff(dim=0) < 0).all()
+
+
+def test_regions_are_checked():
+    for masks in (3, {"cat": "left"}, (("cat",),), {3: (0, 0, 1, 1)}, (("cat", (0, 0, 1, 1)),) * 2):
+        with pytest.raises(ControlError):
+            Retention(masks=masks)
+    with pytest.raises(ControlError, match="Retention needs a phrase"):
+        Retention()
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+class Moves(Control):
+    def before_denoise(self, step):
+        self.seen.append(torch.equal(step.latents[0], step.sample.base[0]))
+
+
+def test_an_image_that_has_enough_stops_costing(pipe):
+    losses = trace_of(pipe, Segregation("cat", "dog", relative=1e-3), steps=1).losses[0]
+    middle = float(losses.mean())
+    low, high = int(losses.argmin()), int(losses.argmax())
+    trace = trace_of(pipe, Segregation("cat", "dog", relative=1e-3, updates=3, enough=middle), steps=1)
+    assert [update.images for update in trace.updates] == [(high,)] * 3
+    assert [one.images for one in trace.evaluations] == [(0, 1), (high,), (high,)]
+    every = trace_of(pipe, Segregation("cat", "dog", relative=1e-3, updates=3), steps=1)
+    for one, other in zip(trace.losses, every.losses, strict=True):  # the other is as it would have been
+        torch.testing.assert_close(one[high], other[high], atol=1e-6, rtol=1e-4)
+        assert one[low].isnan()
+    moves = Moves()
+    moves.seen = []
+    still = Segregation("cat", "dog", updates=3, enough=1.0)
+    with attach(pipe, still, moves) as run:
+        tiny.draw(pipe, TEXTS, steps=2)
+    assert moves.seen == [True, True] and len(run.run.state(still).evaluations) == 2
+
+
+def test_checkpointing_changes_the_memory_only(pipe):
+    plain, saving = (
+        trace_of(pipe, AStar("cat", "dog", bonds=("red dog",), checkpoint=checkpoint)) for checkpoint in (False, True)
+    )
+    for one, other in zip(plain.losses, saving.losses, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+def test_side_by_side_they_make_an_update_each(pipe):
+    one, other = Segregation("cat", "dog"), Excitation("cat", "dog")
+    with attach(pipe, one, other) as run:
+        tiny.draw(pipe, TEXTS)
+    assert len(run.run.state(one).updates) == len(run.run.state(other).updates) == 2
+
+
+def test_what_an_image_lacks(pipe):
+    texts = ["a cat and a dog", "a red dog"]
+    trace = trace_of(pipe, AStar("cat", "dog", bonds=("red dog",)), texts)
+    first = trace.to_json()["steps"][0]["evaluations"][0]["losses"]
+    assert first["segregation"]["cat | dog"][1] is None and first["segregation"]["cat | dog"][0] > 0
+    assert first["binding"]["red | dog"][0] is None and first["binding"]["red | dog"][1] is not None
+    with attach(pipe, Binding("red dog")), pytest.raises(PhraseError, match="'red dog' is not in the prompt"):
+        tiny.draw(pipe, texts)
+
+
+def test_the_report_is_plain_data_and_says_what_was_spent(pipe):
+    control = AStar("cat", "dog", updates=2)
+    with attach(pipe, control) as run:
+        assert run.report.traces == ()
+        tiny.draw(pipe, TEXTS, steps=3)
+    report = json.loads(json.dumps(run.report.to_json()))
+    (told,) = report["traces"]
+    assert told["control"] == "AStar" and told["forwards"] == told["updates"] == 6 and told["image_forwards"] == 12
+    assert [step["step"] for step in told["steps"]] == [0, 1, 2] and told["skipped"] == [0, 0]
+    evaluations, updates = told["steps"][1]["evaluations"], told["steps"][1]["updates"]
+    assert len(evaluations) == len(updates) == 2
+    losses = evaluations[0]["losses"]
+    assert set(losses) == {"segregation", "retention"} and set(losses["retention"]) == {"cat", "dog"}
+    total = [
+        sum(values) for values in zip(*losses["retention"].values(), losses["segregation"]["cat | dog"], strict=True)
+    ]
+    assert evaluations[0]["total"] == pytest.approx(total, abs=1e-6) and min(total) > 0
+    assert updates[0]["share"] == pytest.approx([0.02, 0.02], abs=1e-4)
+    assert told["sites"] and "AStar: 6 updates" in str(run.report)
+
+
+@pytest.mark.parametrize("preparation", ["attend-and-excite", "attend-and-excite-padded", "share"])
+def test_every_family_takes_every_preparation(preparation):
+    for family in ("sdxl", "sd35", "flux"):
+        other = tiny.FAMILIES[family]()
+        control = AStar("cat", "dog", bonds=("red dog",), maps=preparation)
+        trace = trace_of(other, control, steps=2)
+        assert all(one.excess.isfinite().all() for one in trace.evaluations) and not trace.skipped.any()
+        assert all((update.share > 0).all() for update in trace.updates)
