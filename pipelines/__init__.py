@@ -2,3 +2,7 @@
 
 One file per recipe. A recipe may use `attnctl` and `attnctl.processors`; nothing there knows of a recipe.
 """
+
+from .astar import AStarPipeline
+
+__all__ = ["AStarPipeline"]

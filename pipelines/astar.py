@@ -1,0 +1,91 @@
+"""A-STAR as a pipeline of its own, around a pipeline of any family.
+
+    pipe = AStarPipeline.from_pretrained("glyph-sd")
+    picture = pipe("a red car and a cat", subjects=["car", "cat"], modifiers={"car": "red"}).images[0]
+
+A-STAR: Test-time Attention Segregation and Retention (Agarwal et al., ICCV 2023, arXiv 2306.14544).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attnctl.attachment import Attachment, attach
+from attnctl.control import Control
+from attnctl.loading import load
+from attnctl.maps import TokenMaps
+from attnctl.processors.astar import AStar
+
+
+class AStarPipeline:
+    """A diffusers pipeline whose calls name the things of the picture; between calls it is the pipeline it was.
+
+    Attributes:
+        pipe: the diffusers pipeline. Whatever is done to it (LoRA, schedulers, offload, devices) holds here.
+        settings: of the control, see `AStar`.
+        attachment: of the latest call, None before there was one; its `report` and `maps` stay readable.
+    """
+
+    def __init__(self, pipe: Any, **settings: Any) -> None:
+        AStar("one", "other", **settings)  # a wrong setting fails here, not at the first call
+        self.pipe, self.settings = pipe, settings
+        self.attachment: Attachment | None = None
+
+    @classmethod
+    def from_pipe(cls, pipe: Any, **settings: Any) -> AStarPipeline:
+        """Around a pipeline that is there; it is not copied.
+
+        Args:
+            pipe: a diffusers pipeline of a family attnctl knows.
+            settings: of the control, see `AStar`.
+        """
+        return cls(pipe, **settings)
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path, **options: Any) -> AStarPipeline:
+        """Around a pipeline by its embedded name, folder or hub id; `options` as for `attnctl.load`."""
+        return cls(load(model, **options))
+
+    def __call__(
+        self,
+        prompt: str | list[str],
+        subjects: Sequence[str],
+        modifiers: Mapping[str, str | Sequence[str]] | None = None,
+        masks: Mapping[str, Any] | None = None,
+        maps: bool = False,
+        controls: Sequence[Control] = (),
+        **arguments: Any,
+    ) -> Any:
+        """Draw.
+
+        Args:
+            prompt: what to draw. In a list, each picture goes by the subjects that its own prompt has.
+            subjects: the things to keep apart and in place, two phrases or more of the prompt.
+            modifiers: noun -> its modifier or modifiers: binds them, see `Binding`.
+            masks: subject -> region it is to be in, see `Retention`.
+            maps: record the maps of the prompt's words, for `maps` of what is returned.
+            controls: further ones, which see each attention call first.
+            arguments: of the pipeline.
+
+        Returns:
+            What the pipeline returns. Unless that is a tuple (return_dict=False), it has two attributes more: `report`,
+            what A-STAR did (`report.to_json()` is plain data), and `maps`, None unless asked for.
+
+        Raises:
+            AttnctlError: as `attach`, `AStar` and the resolution of phrases raise it.
+        """
+        bonds = [
+            (modifier, noun)
+            for noun, named in (modifiers or {}).items()
+            for modifier in ([named] if isinstance(named, str) else named)
+        ]
+        settings = {"bonds": bonds, "masks": masks or {}} | self.settings
+        recorders = [TokenMaps()] if maps else []
+        with attach(self.pipe, *controls, AStar(*subjects, **settings), *recorders) as attachment:
+            self.attachment = attachment
+            output = self.pipe(prompt, **arguments)
+        if not isinstance(output, tuple):
+            output.report, output.maps = attachment.report, attachment.maps if maps else None
+        return output
