@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
@@ -39,10 +40,32 @@ def segregation(prompts: Sequence[Prompt]) -> list[Control]:
     return [attnctl.processors.Segregation(*sorted(pairs))]
 
 
+def nouns(prompts: Sequence[Prompt]) -> list[str]:
+    """The things of all prompts; an image ignores those that its prompt does not have."""
+    return sorted({concept for prompt in prompts for concept, _ in prompt.things})
+
+
+def bonds(prompts: Sequence[Prompt]) -> list[str]:
+    """Colours and things as the prompts have them in a row: "red car"."""
+    return sorted({f"{colour} {concept}" for prompt in prompts for concept, colour in prompt.things if colour})
+
+
 CONDITIONS: dict[str, Callable[[Sequence[Prompt]], list[Control]]] = {
     "none": lambda prompts: [],
+    "excitation": lambda prompts: [attnctl.processors.Excitation(*nouns(prompts))],
     "segregation": segregation,
+    "retention": lambda prompts: [attnctl.processors.Retention(*nouns(prompts))],
+    "astar": lambda prompts: [attnctl.processors.AStar(*nouns(prompts))],
+    "astar-binding": lambda prompts: [attnctl.processors.AStar(*nouns(prompts), bonds=bonds(prompts))],
 }
+
+
+class Half(StrEnum):
+    """Which prompts to draw."""
+
+    all = "all"
+    development = "development"
+    report = "report"
 
 
 @dataclass(frozen=True)
@@ -56,6 +79,15 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.condition}-{self.seed}-{self.prompt:03d}"
+
+
+def half(prompts: Sequence[Prompt], name: Half) -> list[int]:
+    """The prompts of a half: settings are chosen on "development" alone, figures are told of "report".
+
+    A prompt's half hangs on its text alone, so it stays the same when prompts are added.
+    """
+    even = [sha256(prompt.text.encode()).digest()[0] % 2 == 0 for prompt in prompts]
+    return [k for k, first in enumerate(even) if name is Half.all or first == (name is Half.development)]
 
 
 def subset(prompts: Sequence[Prompt], each: int = 8) -> list[int]:
@@ -204,6 +236,9 @@ def main(
     steps: Annotated[int, typer.Option(min=1)] = 20,
     guidance: Annotated[float | None, typer.Option(help="Default: the model's.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn together.")] = 12,
+    prompts_of: Annotated[
+        Half, typer.Option("--half", help="A fixed half of the prompts: tune on the one only.")
+    ] = Half.all,
     subset_only: Annotated[
         bool, typer.Option("--subset", help="24 fixed prompts, one seed: about two minutes.")
     ] = False,
@@ -216,6 +251,7 @@ def main(
     if guidance is None:
         guidance = float(USUAL.get(model, {}).get("guidance", 7.5))
     picked, seeds = (subset(prompts), 1) if subset_only else (list(range(len(prompts))), seeds)
+    picked = [k for k in picked if k in set(half(prompts, prompts_of))]
     cases = [Case(k, seed, name) for name in dict.fromkeys(controls) for seed in range(seeds) for k in picked]
 
     setting = {"model": model, "weights": weights_hash(pipe), "steps": steps, "guidance": guidance}
@@ -248,7 +284,10 @@ def main(
             bar.advance(line, len(group))
 
     table = summary(prompts, cases, done)
-    write(out / "effect.json", json.dumps({"setting": setting, "seeds": seeds, "rates": table}, indent=1))
+    write(
+        out / "effect.json",
+        json.dumps({"setting": setting, "seeds": seeds, "half": prompts_of, "rates": table}, indent=1),
+    )
     contact_sheet(prompts, cases, done, folder).save(out / "sheet.png")
     show(table, console)
     console.print(f"{out / 'effect.json'}\n{out / 'sheet.png'}")
