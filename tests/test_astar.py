@@ -1,6 +1,7 @@
 import json
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import tiny
 import torch
@@ -145,6 +146,18 @@ def test_shares_are_compared_with_shares():
     assert (
         values.tolist() == [[0.5, 0]] * 2 and counts.tolist() == [[True, False]] * 2
     )  # a perfect map has the least loss
+
+
+def test_steps_are_counted_and_not_timesteps():
+    """PNDM gives one timestep twice; its second step has a mask already, and the first none."""
+    pipe = tiny.sd1()
+    pipe.scheduler = diffusers.PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    trace = trace_of(pipe, Retention("cat", "dog"), steps=4)
+    times = pipe.scheduler.timesteps.tolist()
+    assert len(times) == 5 and len(set(times)) == 4
+    known = [one.parts["retention"].isfinite().all().item() for one in trace.evaluations]
+    assert known == [False, True, True, True, True]
+    assert trace.updates[0].share.eq(0).all() and (trace.updates[1].share > 0).all()
 
 
 def test_a_region_pulls_its_word_into_it(pipe):
