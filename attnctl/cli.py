@@ -4,8 +4,6 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -126,8 +124,9 @@ def generate(
     controls = [_control(text) for text in texts]
 
     from . import drawing, loading, recipe
+    from .bars import bars, paused
 
-    with _bars() as bar:
+    with bars() as bar:
         pipe = _open(model, device, dtype, bar)
         if shape is not None:
             drawing.check_size(pipe, *shape)
@@ -157,7 +156,7 @@ def generate(
             }
             paths = _save(drawings, one, out)
             seen = _judged(model, drawings)
-            with _paused(bar):
+            with paused(bar):
                 print(*seen, *paths, sep="\n", flush=True)
 
 
@@ -266,43 +265,6 @@ def _surroundings(pipe: "DiffusionPipeline") -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _bars() -> "Iterator[Progress]":
-    """Step bars with the time left, on stderr; they vanish when done."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        yield bar
-
-
-@contextmanager
-def _paused(bar: "Progress") -> "Iterator[None]":
-    """Room to print on stdout: while a bar is live, rich sends stdout to the bar's own stream."""
-    bar.stop()
-    try:
-        yield
-    finally:
-        for task in bar.task_ids:
-            bar.remove_task(task)
-        bar.start()
-
-
 def _save(drawings: "dict[str, Drawing]", recipe: "Recipe", out: Path) -> list[Path]:
     """Write the pictures of one drawing, the one to look at last; returns their paths."""
     from .drawing import pictures
@@ -327,12 +289,14 @@ def reproduce(
         Path | None, typer.Option("--out", "-o", help="Also write the redrawn picture into this folder.")
     ] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="The model, where it has moved since.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: where it was drawn.")] = None,
 ) -> None:
     """Draw a picture again from the recipe inside it, and say whether it is bit-identical.
 
     Exit code 0: identical. 1: it differs; what is not as it was is told on stderr.
     """
     from . import drawing, recipe
+    from .bars import bars
 
     picture, known = recipe.read(image)
     if out is not None:
@@ -341,9 +305,10 @@ def reproduce(
     import torch
 
     torch.set_num_threads(known.threads)
-    with _bars() as bar:
-        pipe = _open(model or known.model, known.device, known.dtype, bar)
-        changes = known.differences(recipe.installed_versions(), recipe.weights_hash(pipe))
+    with bars() as bar:
+        pipe = _open(model or known.model, device or known.device, known.dtype, bar)
+        used = {"model": model or known.model, "weights": recipe.weights_hash(pipe), **_surroundings(pipe)}
+        changes = known.differences(recipe.installed_versions(), used["weights"])
         drawings = {
             kind: drawing.draw(pipe, known, controls if kind == "controlled" else [], kind, bar)
             for kind in drawing.needed(known)
@@ -352,14 +317,23 @@ def reproduce(
     for line in changes:
         print(f"attnctl: {line}", file=sys.stderr)
     if out is not None:
-        path = out / image.name
-        recipe.save(again, path, replace(known, **_surroundings(pipe)))
+        path = _unused(out / image.name)
+        recipe.save(again, path, replace(known, **used))
         print(path)
     if recipe.pixel_hash(again) == known.pixels:
         print("bit-identical")
         return
     print(f"differs: {_difference(picture, again)}")
     raise typer.Exit(1)
+
+
+def _unused(path: Path) -> Path:
+    """This path, or NAME-again.png, NAME-again-2.png, ... beside what has it: nothing is overwritten."""
+    number, free = 1, path
+    while free.exists() or free.is_symlink():
+        free = path.with_name(f"{path.stem}-again{f'-{number}' if number > 1 else ''}{path.suffix}")
+        number += 1
+    return free
 
 
 def _difference(before: "Image.Image", after: "Image.Image") -> str:
@@ -412,10 +386,11 @@ def sites(
     from rich.console import Console
     from rich.table import Table
 
+    from .bars import bars
     from .drawing import check_size
     from .site_table import HEADINGS, site_rows
 
-    with _bars() as bar:
+    with bars() as bar:
         pipe = _open(model, "cpu", "float32", bar)
     if shape is not None:
         check_size(pipe, *shape)

@@ -183,6 +183,20 @@ def test_reproduce_tells_what_has_changed(generate, run, tmp_path, monkeypatch):
     assert any("weights" in line for line in err)
 
 
+def test_reproduce_overwrites_nothing_and_records_what_it_used(generate, run, tmp_path):
+    _, (drawn,), _ = generate()
+    before = Path(drawn).read_bytes()
+    other = pipelines.sd1()
+    other.unet.conv_in.bias.data += 1
+    other.save_pretrained(tmp_path / "other")
+    for name in ("again", "again-2"):
+        code, out, _ = run("reproduce", drawn, "--out", "out", "--model", tmp_path / "other", "--device", "cpu")
+        assert code == 1 and Path(out[0]) == Path(drawn).with_name(f"{Path(drawn).stem}-{name}.png")
+    known = recipe.read(Path(out[0]))[1]
+    assert known.model == str(tmp_path / "other") and known.weights != recipe.read(Path(drawn))[1].weights
+    assert Path(drawn).read_bytes() == before
+
+
 # --- sites and judge --------------------------------------------------------------------------------------------------
 
 
