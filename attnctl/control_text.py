@@ -18,6 +18,7 @@ from .errors import AttnctlError
 _CALL = re.compile(r"\s*(?P<name>[A-Za-z_][\w-]*)\s*(?:\((?P<body>.*)\))?\s*", re.DOTALL)
 _SETTING = re.compile(r"\s*(?P<name>[A-Za-z_]\w*)\s*=(?P<value>.*)", re.DOTALL)
 _OPEN, _CLOSE = "([{", ")]}"
+_DEEPEST = 16  # brackets in brackets
 
 
 class ControlTextError(AttnctlError):
@@ -83,6 +84,8 @@ def _split(body: str, text: str) -> list[str]:
             quote = char  # only where a value begins: "the cat's hat" is a phrase
         elif char in _OPEN:
             depth += 1
+            if depth > _DEEPEST:
+                raise ControlTextError(f"cannot read the control {text[:40]!r}...: more than {_DEEPEST} open brackets")
         elif char in _CLOSE:
             depth -= 1
             if depth < 0:
@@ -142,7 +145,7 @@ def _value(word: str) -> Any:
         return named[word.lower()]
     try:
         return ast.literal_eval(word)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return _unquoted(word)
 
 

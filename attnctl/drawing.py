@@ -85,6 +85,10 @@ def draw(
         raise
     except torch.OutOfMemoryError as error:
         raise DrawingError(f"out of memory on {recipe.device}: try a smaller --size or --dtype float16") from error
+    except (RuntimeError, MemoryError) as error:  # the CPU's out of memory has no class of its own
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        raise DrawingError(f"out of memory on {recipe.device}: try a smaller --size") from error
     except ValueError as error:  # the pipeline's own check of its inputs
         raise DrawingError(" ".join(str(error).split())) from error
     return Drawing(picture, maps)

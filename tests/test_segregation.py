@@ -433,3 +433,8 @@ def test_every_denoiser_call_gets_an_update(scheduler):
     with attach(pipe, control) as run:
         assert tiny.draw(pipe, steps=6).isfinite().all()
     assert len(run.run.state(control).losses) == run.run.calls == run.run.steps >= 6
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 1)])
+def test_blur_of_a_single_row_keeps_what_is_flat(shape):
+    torch.testing.assert_close(blur(torch.ones(1, 2, *shape)), torch.ones(1, 2, *shape))
