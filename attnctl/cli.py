@@ -145,7 +145,7 @@ def generate(
                 drawing.default_setting(pipe, "guidance_scale"),
             ),
             controls=tuple(texts),
-            maps=drawing.content_words(prompt) if maps else (),
+            maps=_mapped_words(pipe, prompt) if maps else (),
             **_surroundings(pipe),
         )
         for number in range(count):
@@ -213,6 +213,18 @@ def _glyph_things(prompt: str) -> list[str]:
     from .glyph.words import CONCEPTS
 
     return [phrase for phrase in content_words(prompt) if phrase.partition("#")[0] in CONCEPTS]
+
+
+def _mapped_words(pipe: "DiffusionPipeline", prompt: str) -> tuple[str, ...]:
+    """The words that --maps shows; those it cannot show are told on stderr."""
+    from .drawing import shown_words
+
+    shown, left_out = shown_words(pipe, prompt)
+    if left_out:
+        print(f"attnctl: --maps leaves out what the tokenizer does not keep: {', '.join(left_out)}", file=sys.stderr)
+    if not shown:
+        print("attnctl: --maps has no word of the prompt to show", file=sys.stderr)
+    return shown
 
 
 def known_controls() -> "dict[str, type[Control]]":

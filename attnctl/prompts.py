@@ -60,7 +60,8 @@ def words(prompt: str) -> tuple[str, ...]:
     >>> words("A cat and a red car")
     ('a#1', 'cat', 'and', 'a#2', 'red', 'car')
     """
-    found = [match[0].lower() for match in WORD.finditer(prompt)]
+    spelled = [match[0] for match in WORD.finditer(prompt)]
+    found = [word.lower() if len(word.lower()) == len(word) else word for word in spelled]  # "İ" would become two
     total, seen, phrases = Counter(found), Counter[str](), []
     for word in found:
         seen[word] += 1

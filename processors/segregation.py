@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from itertools import combinations
+from math import inf
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -59,6 +60,15 @@ def segregation_loss(
         both = present[:, [m for m, _ in pairs]] & present[:, [n for _, n in pairs]]
         ratio = torch.where(both, ratio, 0.0)
     return ratio.sum(-1)
+
+
+def _refuse_same_rows(found: Wanted, names: Sequence[str], pairs: Sequence[tuple[int, int]]) -> None:
+    """Raise ControlError if a pair is the same tokens twice, as "cat" and "Cat" are: nothing keeps those apart."""
+    for image, (m, n) in ((image, pair) for image in range(len(found.members)) for pair in pairs):
+        if found.present[image, m] and torch.equal(found.members[image, m], found.members[image, n]):
+            raise ControlError(
+                f"Segregation cannot keep {names[m]!r} and {names[n]!r} apart: they are the same words of the prompt"
+            )
 
 
 @dataclass
@@ -111,6 +121,7 @@ class Segregation(Control):
         ControlError: a setting is out of its range.
         NoSiteError: no selected site has text keys.
         PhraseError: at the pipeline call, if no prompt has a phrase, or an image has not even one pair.
+        ControlError: at the pipeline call, if the phrases of a pair are the same words of a prompt.
     """
 
     phrases: tuple[str | tuple[str, str], ...]
@@ -135,9 +146,9 @@ class Segregation(Control):
         pairs = self._pairs()
         if not pairs or any(len(set(pair)) != 2 for pair in pairs):
             raise ControlError("Segregation needs two phrases to keep apart, such as Segregation('cat', 'dog')")
-        if not strength >= 0 or (relative is not None and not relative > 0):
+        if not 0 <= strength < inf or (relative is not None and not 0 < relative < inf):
             raise ControlError(
-                f"strength may not be negative and relative must be positive; not {strength}, {relative}"
+                f"strength may not be negative and relative must be positive, both finite; not {strength}, {relative}"
             )
         if updates < 1:
             raise ControlError(f"updates must be at least 1, not {updates}; strength=0 switches Segregation off")
@@ -159,6 +170,7 @@ class Segregation(Control):
         for text, present in zip(texts, found.present.tolist(), strict=True):
             if not any(present[m] and present[n] for m, n in pairs):
                 positions(text, names[present.index(False)])  # raises, and says what the prompt has instead
+        _refuse_same_rows(found, names, pairs)
         ones, zeros = torch.ones(run.images), torch.zeros(run.images, dtype=torch.long)
         return Trace(sites, found, pairs, 2.0**12 * ones, zeros)
 

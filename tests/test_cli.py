@@ -134,6 +134,22 @@ def test_maps_show_every_word_and_change_no_pixel(generate):
     assert Image.open(out[1]).getcolors(10_000) is None or len(Image.open(out[1]).getcolors(10_000)) > 50
 
 
+@pytest.mark.parametrize(
+    ("prompt", "words", "said"),
+    [
+        ("a cat " + "and a dog " * 40 + "lion", "cat", "lion"),
+        ("İstanbul cat and dog", "dog", None),
+        ("the cat’s hat", "hat", None),
+        ("the a", None, "no word"),
+    ],
+)
+def test_maps_never_fail_a_drawing(generate, prompt, words, said):
+    code, out, err = generate("--maps", "--steps", 1, prompt=prompt)
+    known = recipe.read(Path(out[-1]))[1]
+    assert code == 0 and (words is None or words in known.maps)
+    assert len(err) == (said is not None) and (said is None or said in err[0])
+
+
 def test_maps_stand_under_both_pictures_of_a_comparison(generate):
     damped = ("--compare", "--control", "damp(cat, dog)")
     flat = Image.open(generate(*damped)[1][-1])

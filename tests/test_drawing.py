@@ -30,6 +30,8 @@ def recipe(**changes):
         ("A red car, a blue bowl with a cat.", ("red", "car", "blue", "bowl", "cat")),
         ("a cat and a cat", ("cat#1", "cat#2")),
         ("the cat's well-worn hat", ("cat's", "well-worn", "hat")),
+        ("the cat’s hat", ("cat’s", "hat")),
+        ("İstanbul cat and Dog", ("İstanbul", "cat", "dog")),
         ("a", ()),
     ],
 )
