@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -54,8 +55,14 @@ def main() -> None:
         if not hasattr(error, "format_message"):
             raise  # a bug: its traceback is wanted
         said = error.format_message()  # nothing where the help has been shown instead
-        code = _complain(f"{said} (attnctl --help shows how)") if said else 2
+        code = _complain(f"{said} ({_command(error)} --help shows how)") if said else 2
     sys.exit(code or 0)
+
+
+def _command(error: Exception) -> str:
+    """The command that a usage error is about: `attnctl generate`, or `attnctl` itself."""
+    context = getattr(error, "ctx", None)
+    return " ".join(["attnctl", *([context.info_name] if context is not None and context.parent else [])])
 
 
 def _complain(line: str) -> int:
@@ -167,7 +174,7 @@ def _checked(
     if not prompt.strip():
         raise UsageError("the prompt is empty")
     if not 0 <= seed < 2**63 - count:
-        raise UsageError(f"--seed {seed}: a seed is a whole number from 0 to 2^63")
+        raise UsageError(f"--seed {seed}: a seed is a whole number from 0 to 2^63 - 1, also of the last picture")
     for name, value in (("--count", count), ("--steps", steps)):
         if value is not None and value < 1:
             raise UsageError(f"{name} {value}: at least 1")
@@ -244,12 +251,20 @@ def _control(text: str) -> "Control":
 
 
 def _check_writable(out: Path) -> None:
-    """Refuse before a picture is drawn, and without making anything."""
-    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    """Refuse before a picture is drawn, and without leaving anything behind."""
+    above = (out, *out.absolute().parents)
+    if broken := next((path for path in above if path.is_symlink() and not path.exists()), None):
+        raise UsageError(f"--out {out}: {broken} is a link to nowhere")
+    nearest = next(folder for folder in above if folder.exists())
     if not nearest.is_dir():
         raise UsageError(f"--out {out}: {nearest} is a file, not a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UsageError(f"--out {out}: {nearest} cannot be written")
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:  # a file system that takes no files, such as /proc
+        raise UsageError(f"--out {out}: {nearest} cannot be written: {error.strerror}") from None
 
 
 def _open(model: str, device: str | None, dtype: str, bar: "Progress") -> "DiffusionPipeline":
@@ -278,16 +293,28 @@ def _surroundings(pipe: "DiffusionPipeline") -> dict[str, Any]:
 
 
 def _save(drawings: "dict[str, Drawing]", recipe: "Recipe", out: Path) -> list[Path]:
-    """Write the pictures of one drawing, the one to look at last; returns their paths."""
+    """Write the pictures of one drawing, all or none, the one to look at last; returns their paths.
+
+    Raises:
+        UsageError: one of them cannot be written.
+    """
     from .drawing import pictures
     from .recipe import save
 
     slug = re.sub(r"[^a-z0-9]+", "-", recipe.prompt.lower()).strip("-")[:48].rstrip("-") or "picture"
     stem = f"{slug}-{recipe.seed}-{recipe.digest()}"
-    paths = []
+    paths, new = [], []
     for shows, picture in pictures(drawings, recipe).items():
-        paths.append(out / f"{stem}-{shows}.png")
-        save(picture, paths[-1], replace(recipe, shows=shows))
+        path = out / f"{stem}-{shows}.png"
+        fresh = not path.exists()
+        try:
+            save(picture, path, replace(recipe, shows=shows))
+        except OSError as error:
+            for written in new:
+                written.unlink(missing_ok=True)
+            raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+        paths.append(path)
+        new += [path] * fresh
     return paths
 
 

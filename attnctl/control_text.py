@@ -248,4 +248,6 @@ def _fitted_many(value: Any, origin: type, inner: tuple[Any, ...]) -> Any:
 
 
 def _type_name(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(_show, get_args(hint)))}"
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

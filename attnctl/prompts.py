@@ -165,8 +165,12 @@ def _places(prompt: str, phrase: str) -> list[Span]:
         if 1 <= number <= len(found):
             return [found[number - 1]]
         if found:
-            raise PhraseError(f"there is no {phrase!r}: {numbered[1]!r} is {len(found)} times in the prompt")
+            raise PhraseError(f"there is no {phrase!r}: {numbered[1]!r} is in the prompt {_times(len(found))}")
     raise PhraseError(f"{phrase!r} is not in the prompt; {_inventory(prompt)}")
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def _matches(prompt: str, phrase: str) -> list[Span]:

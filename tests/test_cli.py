@@ -302,6 +302,7 @@ def test_an_embedded_model_is_judged_and_its_things_are_found(run, judge, tiny, 
         (["--dtype", "int8"], "unknown dtype 'int8'"),
         (["--nonesuch"], "No such option: --nonesuch"),
         (["--out", "file/below"], "--out file/below: "),
+        (["--out", "/proc/foo"], "--out /proc/foo: /proc cannot be written"),
     ],
 )
 def test_bad_request(generate, somewhere, words, said):
@@ -310,6 +311,25 @@ def test_bad_request(generate, somewhere, words, said):
     assert (code, out, len(err)) == (2, [], 1), err
     assert err[0].startswith("attnctl: ") and said in err[0]
     assert [path.name for path in somewhere.iterdir()] == ["file"]
+
+
+def test_out_that_is_a_link_to_nowhere(generate, somewhere):
+    (somewhere / "link").symlink_to("nowhere")
+    code, out, err = generate("--out", "link/below")
+    assert (code, out, len(err)) == (2, [], 1) and "is a link to nowhere" in err[0]
+
+
+def test_a_full_disk_leaves_no_picture_and_names_the_path(generate, somewhere, monkeypatch):
+    def save(picture, path, known, whole=recipe.save):
+        if known.shows == "comparison":
+            raise OSError(28, "No space left on device")
+        whole(picture, path, known)
+
+    monkeypatch.setattr(recipe, "save", save)
+    code, out, err = generate("--compare", "--control", "damp(cat)", "--steps", 1)
+    assert (code, out, len(err)) == (2, [], 1)
+    assert "comparison.png: No space left on device" in err[0]
+    assert not list(somewhere.rglob("*.png"))
 
 
 def test_empty_prompt(generate):
