@@ -155,6 +155,8 @@ def generate(
             maps=_mapped_words(pipe, prompt) if maps else (),
             **_surroundings(pipe),
         )
+        if negative and first.guidance is not None and first.guidance <= 1:
+            print(f"attnctl: --negative does nothing without guidance, which is {first.guidance:g}", file=sys.stderr)
         for number in range(count):
             one = replace(first, seed=seed + number)
             kinds = ["plain"] * (compare or not controls) + ["controlled"] * bool(controls)
@@ -303,7 +305,8 @@ def _save(drawings: "dict[str, Drawing]", recipe: "Recipe", out: Path) -> list[P
 
     slug = re.sub(r"[^a-z0-9]+", "-", recipe.prompt.lower()).strip("-")[:48].rstrip("-") or "picture"
     stem = f"{slug}-{recipe.seed}-{recipe.digest()}"
-    paths, new = [], []
+    paths: list[Path] = []
+    new: list[Path] = []
     for shows, picture in pictures(drawings, recipe).items():
         path = out / f"{stem}-{shows}.png"
         fresh = not path.exists()
@@ -318,7 +321,7 @@ def _save(drawings: "dict[str, Drawing]", recipe: "Recipe", out: Path) -> list[P
     return paths
 
 
-# --- reproduce, judge, sites ------------------------------------------------------------------------------------------
+# --- reproduce, judge, controls, sites --------------------------------------------------------------------------------
 
 
 @app.command(no_args_is_help=True)
@@ -409,6 +412,22 @@ def _judged(model: str, drawings: "dict[str, Drawing]") -> list[str]:
 
     readings = judges.load().read([drawn.picture for drawn in drawings.values()])
     return [f"{kind:<10}  the judge sees {reading}" for kind, reading in zip(drawings, readings, strict=True)]
+
+
+@app.command()
+def controls(
+    name: Annotated[str | None, typer.Argument(help="Tell everything about this one.", show_default=False)] = None,
+) -> None:
+    """List the controls that --control takes: how each is written, with its default settings, and what it does.
+
+    - attnctl controls
+    - attnctl controls segregation
+    """
+    from .control_text import describe, named, summary
+
+    known = known_controls()
+    for cls in known.values() if name is None else [named(name, known)]:
+        print(describe(cls), summary(cls, whole=name is not None), sep="\n", end="\n\n")
 
 
 @app.command(no_args_is_help=True)

@@ -137,7 +137,7 @@ def _maps_control(phrases: tuple[str, ...]) -> "tuple[Control, ...]":
         return ()
     from .maps import TokenMaps
 
-    return (TokenMaps(phrases=phrases),)
+    return (TokenMaps(*phrases),)
 
 
 def _call_settings(pipe: "DiffusionPipeline", recipe: "Recipe") -> dict[str, Any]:

@@ -313,6 +313,22 @@ def test_bad_request(generate, somewhere, words, said):
     assert [path.name for path in somewhere.iterdir()] == ["file"]
 
 
+def test_controls_are_listed_and_explained(run, monkeypatch):
+    monkeypatch.setattr(cli, "known_controls", KNOWN)
+    code, out, err = run("controls")
+    assert (code, err) == (0, []) and out[0].startswith("segregation(*phrases, strength=1.0") and "apart" in out[1]
+    code, whole, err = run("controls", "Segregation")
+    assert (code, err) == (0, []) and any("window: part of the schedule" in line for line in whole)
+    code, out, err = run("controls", "nope")
+    assert (code, out, len(err)) == (2, [], 1) and "unknown control 'nope'; there are: segregation(" in err[0]
+
+
+def test_a_negative_prompt_without_guidance_is_told(generate):
+    code, _, err = generate("--negative", "a bird", "--guidance", 1)
+    assert code == 0 and len(err) == 1 and "--negative does nothing" in err[0]
+    assert generate("--negative", "a bird", "--guidance", 2)[2] == []
+
+
 def test_out_that_is_a_link_to_nowhere(generate, somewhere):
     (somewhere / "link").symlink_to("nowhere")
     code, out, err = generate("--out", "link/below")
