@@ -20,8 +20,7 @@ class Report:
         family: which record describes the denoiser.
         sites: for each control, the names of the sites it acts at.
         calls: conditional denoiser calls of the latest pipeline call.
-        foreign: sites where somebody has set another processor since and no pipeline call has followed, or one that
-            cannot be controlled.
+        foreign: sites where somebody has set another processor since and no pipeline call has followed.
         traces: of the latest pipeline call, (name of the control, what it has to tell), for controls that keep a trace:
             anything with `to_json` as their `run.state`.
     """
@@ -98,12 +97,14 @@ class Attachment:
 
     @property
     def maps(self) -> Any:
-        """The maps of the latest pipeline call, from the attached `TokenMaps`.
+        """The maps of the latest pipeline call, from the attached `TokenMaps`, the first if there are several.
 
         Raises:
             ControlError: no `TokenMaps` is attached, or the pipeline has not been called.
         """
-        control = next((c for c in self.controls if type(c).__name__ == "TokenMaps"), None)
+        from .maps import TokenMaps
+
+        control = next((c for c in self.controls if isinstance(c, TokenMaps)), None)
         if control is None:
             raise ControlError("there are no maps: attach a TokenMaps() control to record them")
         return self.run.state(control)
@@ -143,7 +144,11 @@ def attach(pipe: Any, *controls: Control, prompt: str | list[str] | None = None)
     Raises:
         UnsupportedPipelineError: no family record describes the pipeline's denoiser.
         NoSiteError: a control selects no site.
-        UnsupportedProcessorError: a selected site never calls fused attention (sliced, eager, xformers, linear).
+        UnsupportedProcessorError: a selected site never calls fused attention (sliced, eager, xformers, linear); raised
+            by the pipeline call if such a processor was set since.
         ControlError: two controls cannot be combined, or one is attached already.
     """
+    for control in controls:
+        if not isinstance(control, Control):
+            raise ControlError(f"attach takes controls, such as TokenMaps(), one after the other; not {control!r}")
     return Attachment(pipe, controls, prompt)

@@ -4,8 +4,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -56,8 +55,14 @@ def main() -> None:
         if not hasattr(error, "format_message"):
             raise  # a bug: its traceback is wanted
         said = error.format_message()  # nothing where the help has been shown instead
-        code = _complain(f"{said} (attnctl --help shows how)") if said else 2
+        code = _complain(f"{said} ({_command(error)} --help shows how)") if said else 2
     sys.exit(code or 0)
+
+
+def _command(error: Exception) -> str:
+    """The command that a usage error is about: `attnctl generate`, or `attnctl` itself."""
+    context = getattr(error, "ctx", None)
+    return " ".join(["attnctl", *([context.info_name] if context is not None and context.parent else [])])
 
 
 def _complain(line: str) -> int:
@@ -126,8 +131,9 @@ def generate(
     controls = [_control(text) for text in texts]
 
     from . import drawing, loading, recipe
+    from .bars import bars, paused
 
-    with _bars() as bar:
+    with bars() as bar:
         pipe = _open(model, device, dtype, bar)
         if shape is not None:
             drawing.check_size(pipe, *shape)
@@ -146,9 +152,11 @@ def generate(
                 drawing.default_setting(pipe, "guidance_scale"),
             ),
             controls=tuple(texts),
-            maps=drawing.content_words(prompt) if maps else (),
+            maps=_mapped_words(pipe, prompt) if maps else (),
             **_surroundings(pipe),
         )
+        if negative and first.guidance is not None and first.guidance <= 1:
+            print(f"attnctl: --negative does nothing without guidance, which is {first.guidance:g}", file=sys.stderr)
         for number in range(count):
             one = replace(first, seed=seed + number)
             kinds = ["plain"] * (compare or not controls) + ["controlled"] * bool(controls)
@@ -157,7 +165,7 @@ def generate(
             }
             paths = _save(drawings, one, out)
             seen = _judged(model, drawings)
-            with _paused(bar):
+            with paused(bar):
                 print(*seen, *paths, sep="\n", flush=True)
 
 
@@ -168,7 +176,7 @@ def _checked(
     if not prompt.strip():
         raise UsageError("the prompt is empty")
     if not 0 <= seed < 2**63 - count:
-        raise UsageError(f"--seed {seed}: a seed is a whole number from 0 to 2^63")
+        raise UsageError(f"--seed {seed}: a seed is a whole number from 0 to 2^63 - 1, also of the last picture")
     for name, value in (("--count", count), ("--steps", steps)):
         if value is not None and value < 1:
             raise UsageError(f"{name} {value}: at least 1")
@@ -216,6 +224,18 @@ def _glyph_things(prompt: str) -> list[str]:
     return [phrase for phrase in content_words(prompt) if phrase.partition("#")[0] in CONCEPTS]
 
 
+def _mapped_words(pipe: "DiffusionPipeline", prompt: str) -> tuple[str, ...]:
+    """The words that --maps shows; those it cannot show are told on stderr."""
+    from .drawing import shown_words
+
+    shown, left_out = shown_words(pipe, prompt)
+    if left_out:
+        print(f"attnctl: --maps leaves out what the tokenizer does not keep: {', '.join(left_out)}", file=sys.stderr)
+    if not shown:
+        print("attnctl: --maps has no word of the prompt to show", file=sys.stderr)
+    return shown
+
+
 def known_controls() -> "dict[str, type[Control]]":
     """The controls of `attnctl.processors` that change a picture, by class name; --maps is for what only looks."""
     from . import processors
@@ -233,12 +253,20 @@ def _control(text: str) -> "Control":
 
 
 def _check_writable(out: Path) -> None:
-    """Refuse before a picture is drawn, and without making anything."""
-    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    """Refuse before a picture is drawn, and without leaving anything behind."""
+    above = (out, *out.absolute().parents)
+    if broken := next((path for path in above if path.is_symlink() and not path.exists()), None):
+        raise UsageError(f"--out {out}: {broken} is a link to nowhere")
+    nearest = next(folder for folder in above if folder.exists())
     if not nearest.is_dir():
         raise UsageError(f"--out {out}: {nearest} is a file, not a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UsageError(f"--out {out}: {nearest} cannot be written")
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:  # a file system that takes no files, such as /proc
+        raise UsageError(f"--out {out}: {nearest} cannot be written: {error.strerror}") from None
 
 
 def _open(model: str, device: str | None, dtype: str, bar: "Progress") -> "DiffusionPipeline":
@@ -266,58 +294,34 @@ def _surroundings(pipe: "DiffusionPipeline") -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _bars() -> "Iterator[Progress]":
-    """Step bars with the time left, on stderr; they vanish when done."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        yield bar
-
-
-@contextmanager
-def _paused(bar: "Progress") -> "Iterator[None]":
-    """Room to print on stdout: while a bar is live, rich sends stdout to the bar's own stream."""
-    bar.stop()
-    try:
-        yield
-    finally:
-        for task in bar.task_ids:
-            bar.remove_task(task)
-        bar.start()
-
-
 def _save(drawings: "dict[str, Drawing]", recipe: "Recipe", out: Path) -> list[Path]:
-    """Write the pictures of one drawing, the one to look at last; returns their paths."""
+    """Write the pictures of one drawing, all or none, the one to look at last; returns their paths.
+
+    Raises:
+        UsageError: one of them cannot be written.
+    """
     from .drawing import pictures
     from .recipe import save
 
     slug = re.sub(r"[^a-z0-9]+", "-", recipe.prompt.lower()).strip("-")[:48].rstrip("-") or "picture"
     stem = f"{slug}-{recipe.seed}-{recipe.digest()}"
-    paths = []
+    paths: list[Path] = []
+    new: list[Path] = []
     for shows, picture in pictures(drawings, recipe).items():
-        paths.append(out / f"{stem}-{shows}.png")
-        save(picture, paths[-1], replace(recipe, shows=shows))
+        path = out / f"{stem}-{shows}.png"
+        fresh = not path.exists()
+        try:
+            save(picture, path, replace(recipe, shows=shows))
+        except OSError as error:
+            for written in new:
+                written.unlink(missing_ok=True)
+            raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+        paths.append(path)
+        new += [path] * fresh
     return paths
 
 
-# --- reproduce, judge, sites ------------------------------------------------------------------------------------------
+# --- reproduce, judge, controls, sites --------------------------------------------------------------------------------
 
 
 @app.command(no_args_is_help=True)
@@ -327,12 +331,14 @@ def reproduce(
         Path | None, typer.Option("--out", "-o", help="Also write the redrawn picture into this folder.")
     ] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="The model, where it has moved since.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: where it was drawn.")] = None,
 ) -> None:
     """Draw a picture again from the recipe inside it, and say whether it is bit-identical.
 
     Exit code 0: identical. 1: it differs; what is not as it was is told on stderr.
     """
     from . import drawing, recipe
+    from .bars import bars
 
     picture, known = recipe.read(image)
     if out is not None:
@@ -341,9 +347,10 @@ def reproduce(
     import torch
 
     torch.set_num_threads(known.threads)
-    with _bars() as bar:
-        pipe = _open(model or known.model, known.device, known.dtype, bar)
-        changes = known.differences(recipe.installed_versions(), recipe.weights_hash(pipe))
+    with bars() as bar:
+        pipe = _open(model or known.model, device or known.device, known.dtype, bar)
+        used = {"model": model or known.model, "weights": recipe.weights_hash(pipe), **_surroundings(pipe)}
+        changes = known.differences(recipe.installed_versions(), used["weights"])
         drawings = {
             kind: drawing.draw(pipe, known, controls if kind == "controlled" else [], kind, bar)
             for kind in drawing.needed(known)
@@ -352,14 +359,23 @@ def reproduce(
     for line in changes:
         print(f"attnctl: {line}", file=sys.stderr)
     if out is not None:
-        path = out / image.name
-        recipe.save(again, path, replace(known, **_surroundings(pipe)))
+        path = _unused(out / image.name)
+        recipe.save(again, path, replace(known, **used))
         print(path)
     if recipe.pixel_hash(again) == known.pixels:
         print("bit-identical")
         return
     print(f"differs: {_difference(picture, again)}")
     raise typer.Exit(1)
+
+
+def _unused(path: Path) -> Path:
+    """This path, or NAME-again.png, NAME-again-2.png, ... beside what has it: nothing is overwritten."""
+    number, free = 1, path
+    while free.exists() or free.is_symlink():
+        free = path.with_name(f"{path.stem}-again{f'-{number}' if number > 1 else ''}{path.suffix}")
+        number += 1
+    return free
 
 
 def _difference(before: "Image.Image", after: "Image.Image") -> str:
@@ -398,6 +414,22 @@ def _judged(model: str, drawings: "dict[str, Drawing]") -> list[str]:
     return [f"{kind:<10}  the judge sees {reading}" for kind, reading in zip(drawings, readings, strict=True)]
 
 
+@app.command()
+def controls(
+    name: Annotated[str | None, typer.Argument(help="Tell everything about this one.", show_default=False)] = None,
+) -> None:
+    """List the controls that --control takes: how each is written, with its default settings, and what it does.
+
+    - attnctl controls
+    - attnctl controls segregation
+    """
+    from .control_text import describe, named, summary
+
+    known = known_controls()
+    for cls in known.values() if name is None else [named(name, known)]:
+        print(describe(cls), summary(cls, whole=name is not None), sep="\n", end="\n\n")
+
+
 @app.command(no_args_is_help=True)
 def sites(
     model: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)],
@@ -412,10 +444,11 @@ def sites(
     from rich.console import Console
     from rich.table import Table
 
+    from .bars import bars
     from .drawing import check_size
     from .site_table import HEADINGS, site_rows
 
-    with _bars() as bar:
+    with bars() as bar:
         pipe = _open(model, "cpu", "float32", bar)
     if shape is not None:
         check_size(pipe, *shape)

@@ -9,6 +9,7 @@ import ast
 import inspect
 import re
 import sys
+import textwrap
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -18,6 +19,7 @@ from .errors import AttnctlError
 _CALL = re.compile(r"\s*(?P<name>[A-Za-z_][\w-]*)\s*(?:\((?P<body>.*)\))?\s*", re.DOTALL)
 _SETTING = re.compile(r"\s*(?P<name>[A-Za-z_]\w*)\s*=(?P<value>.*)", re.DOTALL)
 _OPEN, _CLOSE = "([{", ")]}"
+_DEEPEST = 16  # brackets in brackets
 
 
 class ControlTextError(AttnctlError):
@@ -29,17 +31,32 @@ def parse_control(text: str, available: Mapping[str, type]) -> Any:
     match = _CALL.fullmatch(text)
     if not match:
         raise ControlTextError(f"cannot read the control {text!r}: write it as name(phrase, phrase, setting=value)")
-    classes = {_plain(name): cls for name, cls in available.items()}
-    cls = classes.get(_plain(match["name"]))
-    if cls is None:
-        known = "; ".join(describe(available[name]) for name in sorted(available))
-        raise ControlTextError(f"unknown control {match['name']!r}; there are: {known or 'none'}")
+    cls = named(match["name"], available)
     values, settings = _arguments(match["body"] or "", text)
     try:
         return _build(cls, values, settings)
     except (TypeError, ValueError) as error:
         said = str(error) if isinstance(error, AttnctlError) else f"{error}; it is written {describe(cls)}"
         raise ControlTextError(f"control {text!r}: {said}") from None
+
+
+def named(name: str, available: Mapping[str, type]) -> type:
+    """The class of that name.
+
+    Raises:
+        ControlTextError: there is none.
+    """
+    cls = {_plain(one): cls for one, cls in available.items()}.get(_plain(name))
+    if cls is None:
+        known = "; ".join(describe(available[one]) for one in sorted(available))
+        raise ControlTextError(f"unknown control {name!r}; there are: {known or 'none'}")
+    return cls
+
+
+def summary(cls: type, whole: bool = False) -> str:
+    """What a control does, indented: the first paragraph of its docstring, or all of it."""
+    said = inspect.getdoc(cls) or ""
+    return textwrap.indent(said if whole else said.partition("\n\n")[0], "    ")
 
 
 def describe(cls: type) -> str:
@@ -83,6 +100,8 @@ def _split(body: str, text: str) -> list[str]:
             quote = char  # only where a value begins: "the cat's hat" is a phrase
         elif char in _OPEN:
             depth += 1
+            if depth > _DEEPEST:
+                raise ControlTextError(f"cannot read the control {text[:40]!r}...: more than {_DEEPEST} open brackets")
         elif char in _CLOSE:
             depth -= 1
             if depth < 0:
@@ -142,7 +161,7 @@ def _value(word: str) -> Any:
         return named[word.lower()]
     try:
         return ast.literal_eval(word)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return _unquoted(word)
 
 
@@ -245,4 +264,6 @@ def _fitted_many(value: Any, origin: type, inner: tuple[Any, ...]) -> Any:
 
 
 def _type_name(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(_show, get_args(hint)))}"
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

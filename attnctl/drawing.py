@@ -1,16 +1,16 @@
 """One drawing: the pipeline call a recipe describes, its word maps, and the sheet of two drawings side by side."""
 
 import inspect
-import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .errors import AttnctlError, UnsupportedPipelineError
+from .errors import AttnctlError, PhraseError, UnsupportedPipelineError
+from .prompts import positions, streams, words
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -38,12 +38,31 @@ class Drawing:
 
 def content_words(prompt: str) -> tuple[str, ...]:
     """The words of a prompt that mean a thing or a look, as phrases: a repeated word is told apart by its number."""
-    words = [word for word in re.findall(r"[^\W_]+(?:['-][^\W_]+)*", prompt.lower()) if word not in _PLAIN_WORDS]
-    total, seen, phrases = Counter(words), Counter[str](), []
-    for word in words:
-        seen[word] += 1
-        phrases.append(f"{word}#{seen[word]}" if total[word] > 1 else word)
-    return tuple(phrases)
+    return tuple(word for word in words(prompt) if word.partition("#")[0] not in _PLAIN_WORDS)
+
+
+def shown_words(pipe: "DiffusionPipeline", prompt: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The content words that have a map, and those that have none, e.g. because the tokenizer cuts them off."""
+    from .families import family_of
+
+    family = family_of(pipe)[0]
+    default = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")
+    run: Any = SimpleNamespace(
+        pipe=pipe,
+        family=family,
+        texts={},
+        prompts=(prompt,),
+        max_sequence_length=None if default is None else default.default,
+    )
+    text, seen, unseen = streams(run, 0), list[str](), list[str]()
+    for word in content_words(prompt):
+        try:
+            positions(text, word)
+        except PhraseError:
+            unseen.append(word)
+        else:
+            seen.append(word)
+    return tuple(seen), tuple(unseen)
 
 
 def check_size(pipe: "DiffusionPipeline", width: int, height: int) -> None:
@@ -85,6 +104,10 @@ def draw(
         raise
     except torch.OutOfMemoryError as error:
         raise DrawingError(f"out of memory on {recipe.device}: try a smaller --size or --dtype float16") from error
+    except (RuntimeError, MemoryError) as error:  # the CPU's out of memory has no class of its own
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        raise DrawingError(f"out of memory on {recipe.device}: try a smaller --size") from error
     except ValueError as error:  # the pipeline's own check of its inputs
         raise DrawingError(" ".join(str(error).split())) from error
     return Drawing(picture, maps)
@@ -109,12 +132,12 @@ def pictures(drawings: dict[str, Drawing], recipe: "Recipe") -> dict[str, Image.
     return found
 
 
-def _maps_control(words: tuple[str, ...]) -> "tuple[Control, ...]":
-    if not words:
+def _maps_control(phrases: tuple[str, ...]) -> "tuple[Control, ...]":
+    if not phrases:
         return ()
     from .maps import TokenMaps
 
-    return (TokenMaps(phrases=words),)
+    return (TokenMaps(*phrases),)
 
 
 def _call_settings(pipe: "DiffusionPipeline", recipe: "Recipe") -> dict[str, Any]:

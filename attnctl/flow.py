@@ -8,11 +8,13 @@ inside attention, edit the prediction) and `scheduler.step` (which must see the 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from . import denoiser as calls
@@ -151,6 +153,11 @@ class Flow:
             raise UnsupportedPipelineError(
                 f"{who} drew without calling encode_prompt, so its rows cannot be told apart"
             )
+        if self.heard is None and (other := _drawing(wiring.pipe)) is not None:
+            raise ControlError(
+                f"this {type(wiring.model).__name__} is under control through a {type(wiring.pipe).__name__}, but a "
+                f"{type(other).__name__} draws with it; attach to that one"
+            )
         given = next((a.prompt for a in wiring.attachments if a.prompt is not None), None)
         heard = self.heard[0] if self.heard else None  # the second, if any, is FLUX's negative prompt
         self.solved = 0
@@ -235,3 +242,14 @@ class Flow:
             if self.branch is not None:  # leaving any cache_context clears the one around it: enter that again
                 name, kwargs, stack = self.branch
                 stack.enter_context(context(model, name, **kwargs))
+
+
+def _drawing(own: Any) -> Any:
+    """Another pipeline than `own` that is in the middle of a call in this thread, or None."""
+    frame: Any = sys._getframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, DiffusionPipeline) and frame.f_code is inspect.unwrap(type(caller).__call__).__code__:
+            return None if caller is own else caller
+        frame = frame.f_back
+    return None

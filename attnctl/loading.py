@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MODELS = Path(__file__).parent / "glyph" / "models"
 """The folders of the embedded models."""
 
-USUAL: dict[str, dict[str, Any]] = {"glyph-sd": {"steps": 20, "guidance": 5.0}}
+USUAL: dict[str, dict[str, Any]] = {"glyph-sd": {"steps": 20, "guidance": 3.0}}
 """Settings that suit an embedded model better than its pipeline's defaults."""
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -81,6 +81,8 @@ def _folder(model: str | Path) -> Path | None:
     name = str(model)
     if name in embedded():
         return MODELS / name
+    if not name.strip():
+        raise ModelError(f"the name of the model is empty; {_known()}")
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -180,8 +182,8 @@ def _check_component(folder: Path) -> None:
 
 def _require(folder: Path, *patterns: str) -> None:
     if not any(True for pattern in patterns for _ in folder.glob(pattern)):
-        wanted = patterns[0] if len(patterns) == 1 else f"one of {', '.join(patterns)}"
-        raise ModelError(f"{folder} holds no {wanted}: the model folder was saved or copied halfway")
+        wanted = f"no {patterns[0]}" if len(patterns) == 1 else f"none of {', '.join(patterns)}"
+        raise ModelError(f"{folder} holds {wanted}: the model folder was saved or copied halfway")
 
 
 def _json(path: Path, hint: str) -> dict[str, Any]:

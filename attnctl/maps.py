@@ -28,7 +28,7 @@ Kept = Literal["step", "layer", "head"]
 KEEP: tuple[Kept, ...] = ("step", "layer", "head")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class TokenMaps(Control):
     """Records how much each place of the picture attends to each word. The picture stays what it was, bit for bit.
 
@@ -37,7 +37,7 @@ class TokenMaps(Control):
     Costs little: at joint sites the model's own kernel already computes what each row's softmax is divided by.
 
     Args:
-        phrases: which phrases to record; None for every word of each prompt. Fewer are cheaper.
+        phrases: which phrases to record; without any, every word of each prompt. Fewer are cheaper.
         where: which sites, see `attnctl.sites.select`; those without text keys are passed over.
         keep: what to keep apart instead of averaging: any of "step", "layer", "head"; a head is kept for its layer.
         window: part of the schedule to record, from 0 (noise) to 1 (picture): a step at f counts if start <= f < end.
@@ -48,17 +48,27 @@ class TokenMaps(Control):
         PhraseError: at the pipeline call, if a phrase is in no prompt.
     """
 
-    phrases: tuple[str, ...] | str | None = None
+    phrases: tuple[str, ...] = ()
     where: Selection = None
-    keep: tuple[Kept, ...] | Kept = ()
+    keep: tuple[Kept, ...] = ()
     window: tuple[float, float] = (0.0, 1.0)
 
     lane: ClassVar[Lane] = Lane.MAPS
 
-    def __post_init__(self) -> None:
-        if isinstance(self.phrases, str):
-            object.__setattr__(self, "phrases", (self.phrases,))
-        object.__setattr__(self, "keep", (self.keep,) if isinstance(self.keep, str) else tuple(self.keep))
+    def __init__(
+        self,
+        *phrases: str,
+        where: Selection = None,
+        keep: tuple[Kept, ...] | Kept = (),
+        window: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
+        if wrong := [one for one in phrases if not isinstance(one, str)]:
+            raise ControlError(
+                f"TokenMaps takes phrases one after the other, as TokenMaps('cat', 'dog'); not {wrong[0]!r}"
+            )
+        kept = (keep,) if isinstance(keep, str) else tuple(keep)
+        for name, value in (("phrases", phrases), ("where", where), ("keep", kept), ("window", tuple(window))):
+            object.__setattr__(self, name, value)
         if unknown := [one for one in self.keep if one not in KEEP]:
             raise ControlError(f"TokenMaps cannot keep {unknown[0]!r}; it keeps any of {', '.join(KEEP)}")
         check_window(self.window)
@@ -68,7 +78,7 @@ class TokenMaps(Control):
 
     def begin(self, run: Run) -> Maps:
         texts = [streams(run, image) for image in range(run.images)]
-        return Maps(texts, tuple(self.phrases) if self.phrases is not None else None, tuple(self.keep))  # type: ignore[arg-type]
+        return Maps(texts, self.phrases or None, self.keep)
 
     def attend(self, call: AttentionCall, proceed: Proceed) -> Tensor:
         rows = call.step.rows.cond

@@ -7,6 +7,20 @@ from collections.abc import Callable
 from typing import Any
 
 
+class _Around:
+    """What stands in the method's place. A copy of the owner, deep or pickled, gets its own plain method instead."""
+
+    def __init__(self, patch: Patch, around: Callable[..., Any], call: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, call)  # pipelines look at the signature, e.g. of scheduler.step
+        self.patch, self.around, self.call = patch, around, call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.around(self.call, *args, **kwargs) if self.patch.live else self.call(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return getattr, (self.patch.owner, self.patch.name)
+
+
 class Patch:
     """Replaces `owner.name` on the instance until `undo`.
 
@@ -26,14 +40,8 @@ class Patch:
         self.had = name in vars(owner)
         self.before = vars(owner).get(name)
         self.live = True
-        call = original if original is not None else getattr(owner, name)
-
-        @functools.wraps(call)  # pipelines look at the signature, e.g. of scheduler.step
-        def ours(*args: Any, **kwargs: Any) -> Any:
-            return around(call, *args, **kwargs) if self.live else call(*args, **kwargs)
-
-        self.ours = ours
-        vars(owner)[name] = ours  # not setattr: pipelines and compiled modules do things of their own there
+        self.ours = _Around(self, around, original if original is not None else getattr(owner, name))
+        vars(owner)[name] = self.ours  # not setattr: pipelines and compiled modules do things of their own there
 
     def in_place(self) -> bool:
         """False once somebody else has patched over us."""

@@ -60,7 +60,8 @@ def words(prompt: str) -> tuple[str, ...]:
     >>> words("A cat and a red car")
     ('a#1', 'cat', 'and', 'a#2', 'red', 'car')
     """
-    found = [match[0].lower() for match in WORD.finditer(prompt)]
+    spelled = [match[0] for match in WORD.finditer(prompt)]
+    found = [word.lower() if len(word.lower()) == len(word) else word for word in spelled]  # "İ" would become two
     total, seen, phrases = Counter(found), Counter[str](), []
     for word in found:
         seen[word] += 1
@@ -164,8 +165,12 @@ def _places(prompt: str, phrase: str) -> list[Span]:
         if 1 <= number <= len(found):
             return [found[number - 1]]
         if found:
-            raise PhraseError(f"there is no {phrase!r}: {numbered[1]!r} is {len(found)} times in the prompt")
+            raise PhraseError(f"there is no {phrase!r}: {numbered[1]!r} is in the prompt {_times(len(found))}")
     raise PhraseError(f"{phrase!r} is not in the prompt; {_inventory(prompt)}")
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def _matches(prompt: str, phrase: str) -> list[Span]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
@@ -58,11 +59,21 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
+        """Read what `to_json` wrote.
+
+        Raises:
+            RecipeError: something is missing, or is not what a recipe holds there.
+        """
         try:
             content = json.loads(text)
             recipe = cls(**{field.name: content[field.name] for field in fields(cls)})
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise RecipeError(f"the recipe cannot be read: {type(error).__name__} {error}") from None
+        for name, (fits, wanted) in _HOLDS.items():
+            if not fits(content[name]):
+                raise RecipeError(f"the recipe cannot be read: {name} is {content[name]!r:.40}, not {wanted}")
+        if recipe.shows == "maps" and not recipe.maps:
+            raise RecipeError("the recipe cannot be read: it shows maps, but of no word")
         return replace(recipe, controls=tuple(recipe.controls), maps=tuple(recipe.maps))
 
     def digest(self) -> str:
@@ -79,6 +90,40 @@ class Recipe:
         if weights != self.weights:
             lines.append(f"the weights of {self.model} are not those it was drawn with")
         return lines
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_text, value))
+
+
+def _whole(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value < 2**63
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < float("inf")
+
+
+_Fits = Callable[[Any], bool]
+_HOLDS: dict[str, tuple[_Fits, str]] = {
+    **dict.fromkeys(("model", "weights", "prompt", "device", "dtype"), (_text, "text")),
+    **dict.fromkeys(("negative", "pixels"), (lambda value: value is None or _text(value), "text or null")),
+    **dict.fromkeys(("controls", "maps"), (_texts, "a list of texts")),
+    **dict.fromkeys(
+        ("steps", "width", "height"),
+        (lambda value: value is None or _whole(value, 1), "a whole number from 1 up, or null"),
+    ),
+    "seed": (lambda value: _whole(value, 0), "a whole number from 0 up"),
+    "threads": (lambda value: _whole(value, 1) and value < 2**31, "a whole number from 1 up"),
+    "guidance": (lambda value: value is None or _number(value), "a number from 0 up, or null"),
+    "versions": (lambda value: isinstance(value, dict) and _texts(list(value.values())), "texts by name"),
+    "shows": (lambda value: value in ("plain", "controlled", "maps", "comparison"), "a kind of picture"),
+}
+"""What each field of a recipe holds, and how that is called."""
 
 
 def installed_versions() -> dict[str, str]:

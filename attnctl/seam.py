@@ -1,8 +1,7 @@
 """The seam: the one file that knows the insides of diffusers' attention processors.
 
 Every softmax processor of diffusers ends in `F.scaled_dot_product_attention` or `dispatch_attention_fn`. A `Seat` puts
-one in place whose `__call__` is a private clone of the original's with those two names bound to us. Nothing else
-differs, so projections, norms, rotary embeddings, LoRA and backends stay the model's own.
+one in place whose `__call__` is a private clone of the original's with those two names bound to us; all else is kept.
 
 - The clone runs in a copy of its module's globals: nothing is patched process-wide, other pipelines see nothing.
 - Its class is a subclass of the original's, sharing the original's `__dict__`, whose `__new__` returns a plain parent:
@@ -42,7 +41,7 @@ def facts(attn: Any) -> tuple[int, int, bool, bool]:
 
 def reachable(attn: Any) -> bool:
     """True if the module's processor ends in one of the two names."""
-    call = type(attn.processor).__call__
+    call = type(getattr(attn.processor, "_attnctl_original", attn.processor)).__call__
     return isinstance(call, types.FunctionType) and bool(_ends(call))
 
 
@@ -104,20 +103,21 @@ def _program(cls: type) -> type:
         "__slots__": ("_attnctl_seat",),  # not in the __dict__, which sites may share (SD3: attn and attn2)
         "__call__": __call__,
         "__new__": lambda _, *args, **kwargs: cls(*args, **kwargs),
-        "__getstate__": lambda self: self.__dict__.copy(),  # a deep copy is a plain parent and has no slot
+        "__reduce_ex__": lambda self, _: (object.__new__, (cls,), self.__dict__.copy()),  # a copy is a plain parent
+        "_attnctl_original": property(lambda self: self._attnctl_seat.original),  # fusing keeps ours, to put back later
     }
     return type("Controlled" + cls.__name__, (cls,), members)
 
 
-# By denoiser and processor class. Kept after release, so that attaching again recompiles nothing.
-_PROGRAMS: WeakKeyDictionary[nn.Module, dict[type, type]] = WeakKeyDictionary()
+_PROGRAMS: WeakKeyDictionary[nn.Module, dict[type, type]] = WeakKeyDictionary()  # kept: attaching again compiles none
 
 
 class Seat:
     """One attention module, its calls given to handler(q, k, v, bias, scale, index, kernel); q is (B, H, S, D)."""
 
     def __init__(self, denoiser: nn.Module, attn: Any, handler: Callable[..., Tensor]) -> None:
-        self.attn, self.handler, self.original, self.handle = attn, handler, attn.processor, opaque.register(self)
+        self.attn, self.handler, self.handle = attn, handler, opaque.register(self)
+        self.original = getattr(attn.processor, "_attnctl_original", attn.processor)
         cls, programs = type(self.original), _PROGRAMS.setdefault(denoiser, {})
         programs[cls] = programs.get(cls) or _program(cls)
         self.ours: Any = object.__new__(programs[cls])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from .errors import ControlError, NoSiteError
 
 Kind = Literal["self", "cross", "joint", "text"]
-Selection = str | Callable[["Site"], bool] | Iterable[Any] | None  # a Site selects itself
+Selection = str | int | Callable[["Site"], bool] | Iterable[Any] | None  # a Site selects itself
 
 KINDS: tuple[Kind, ...] = ("self", "cross", "joint", "text")
 
@@ -93,23 +93,41 @@ def select(sites: Sequence[Site], selection: Selection) -> tuple[Site, ...]:
             None             all sites that see the image;
             "cross"          a kind: self, cross, joint, text;
             "factor:2"       sites whose grid cell spans 2 latent cells;
-            "7" or "7-10"    layers, both ends included;
+            7, "7", "7-10"   layers, both ends included;
             "up_blocks.*"    a name, or a glob over names;
             a predicate      Site -> bool;
             a list of these  any of them.
 
     Raises:
-        NoSiteError: nothing matches; the message names what exists.
+        NoSiteError: nothing matches, or it is none of these; the message names what exists.
     """
+    if isinstance(selection, Iterator):
+        selection = tuple(selection)  # it is gone through more than once
+    _check(selection)
     found = tuple(site for site in sites if _matches(site, selection))
     if not found:
         raise NoSiteError(f"no attention site matches {_spell(selection)}; {_inventory(sites)}")
     return found
 
 
+def _check(selection: Selection) -> None:
+    if isinstance(selection, bool) or not (
+        selection is None or isinstance(selection, (str, int, Site, Iterable)) or callable(selection)
+    ):
+        raise NoSiteError(
+            f"{selection!r} selects no attention site: say a kind ({', '.join(KINDS)}), factor:2, a layer such as 7 or "
+            "7-10, a name, a glob, or a list of these"
+        )
+    if isinstance(selection, Iterable) and not isinstance(selection, str):
+        for one in selection:
+            _check(one)
+
+
 def _matches(site: Site, selection: Selection) -> bool:
     if selection is None:
         return site.kind != "text"
+    if isinstance(selection, int):
+        return site.layer == selection
     if isinstance(selection, str):
         if selection in KINDS:
             return site.kind == selection
@@ -128,7 +146,7 @@ def _matches(site: Site, selection: Selection) -> bool:
 def _spell(selection: Selection) -> str:
     if isinstance(selection, Site):
         return repr(selection.name)
-    if selection is None or isinstance(selection, str):
+    if selection is None or isinstance(selection, (str, int)):
         return repr(selection)
     if callable(selection):
         return f"the predicate {getattr(selection, '__name__', selection)!s}"

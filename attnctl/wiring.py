@@ -109,11 +109,16 @@ class Wiring:
         self.chains = chains
 
     def reseat(self) -> None:
-        """Sit down on processors that were set since, as loading an IP-Adapter does, where they can be controlled."""
-        for name, seat in self.seats.items():
-            if not seat.in_place() and reachable(self.modules[name]):
-                seat.restore()
-                self.seats[name] = Seat(self.model, self.modules[name], partial(self.flow.attend, self.sites[name]))
+        """Sit down on processors that were set since, as loading an IP-Adapter does.
+
+        Raises:
+            UnsupportedProcessorError: one of them cannot be controlled.
+        """
+        lost = [name for name, seat in self.seats.items() if not seat.in_place()]
+        _check([(name, self.modules[name]) for name in lost])
+        for name in lost:
+            self.seats[name].restore()
+            self.seats[name] = Seat(self.model, self.modules[name], partial(self.flow.attend, self.sites[name]))
 
     def refresh(self) -> None:
         """Patch what the pipeline holds now: between calls, schedulers get swapped and denoisers compiled."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from inspect import Parameter, Signature
+from math import inf
 from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
 import torch
@@ -116,9 +117,10 @@ class MapDescent(Control):
 
     def check(self) -> None:
         """Raise unless every setting is in its range; bring settings to the form they are kept in."""
-        if not self.strength >= 0 or (self.relative is not None and not self.relative > 0):
+        if not 0 <= self.strength < inf or (self.relative is not None and not 0 < self.relative < inf):
             raise ControlError(
-                f"strength may not be negative and relative must be positive; not {self.strength}, {self.relative}"
+                "strength may not be negative and relative must be positive, both finite; "
+                f"not {self.strength}, {self.relative}"
             )
         if self.updates < 1:
             who = type(self).__name__

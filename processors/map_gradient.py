@@ -196,11 +196,12 @@ def blur(maps: Tensor) -> Tensor:
     """The 3 x 3 Gaussian of Attend-and-Excite's code, reflected at the borders; its true sigma is 0.5 ** 0.5.
 
     Args:
-        maps: (images, phrases, height, width), both sides at least 2.
+        maps: (images, phrases, height, width). Where a side is 1 there is nothing to reflect; its border is repeated.
     """
     line = torch.tensor([-1.0, 0.0, 1.0], dtype=maps.dtype, device=maps.device).square().neg().exp()
     kernel = torch.outer(line, line) / line.sum().square()
-    padded = F.pad(maps.flatten(0, 1)[:, None], (1, 1, 1, 1), mode="reflect")
+    mode = "reflect" if min(maps.shape[-2:]) > 1 else "replicate"
+    padded = F.pad(maps.flatten(0, 1)[:, None], (1, 1, 1, 1), mode=mode)
     return F.conv2d(padded, kernel[None, None]).view(maps.shape)
 
 

@@ -8,15 +8,19 @@ defaults are ours, and Attend-and-Excite's choices are `maps="attend-and-excite"
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, product
 
+import torch
 from torch import Tensor
 
 from attnctl.errors import ControlError
+from attnctl.prompts import TextStream
+from attnctl.run import Run
 
 from .descent import MapDescent, phrases_first
 from .loss_terms import Loss, OfPairs, View
 from .losses import segregation_parts
+from .map_gradient import Wanted
 
 Pair = tuple[str, str]
 
@@ -25,6 +29,16 @@ class Apart(OfPairs):
     """`segregation_loss` of pairs of phrases."""
 
     name = "segregation"
+
+    def begin(self, run: Run, names: tuple[str, ...], texts: Sequence[tuple[TextStream, ...]], found: Wanted) -> Tensor:
+        useful = super().begin(run, names, texts, found)
+        both = self.both(found.present).tolist()
+        for image, (number, (m, n)) in product(range(run.images), enumerate(self.pairs)):
+            if both[image][number] and torch.equal(found.members[image, m], found.members[image, n]):
+                raise ControlError(
+                    f"{names[m]!r} and {names[n]!r} cannot be kept apart: they are the same words of the prompt"
+                )
+        return useful
 
     def parts(self, view: View) -> tuple[Tensor, Tensor]:
         present = self.present[view.images].to(view.maps.device)
@@ -55,6 +69,7 @@ class Segregation(MapDescent):
         ControlError: a setting is out of its range.
         NoSiteError: no selected site has text keys.
         PhraseError: at the pipeline call, if no prompt has a phrase, or an image has not even one pair.
+        ControlError: at the pipeline call, if the phrases of a pair are the same words of a prompt.
     """
 
     phrases: tuple[str | Pair, ...]

@@ -12,6 +12,7 @@ from toys import Identity, Output, Push, Spy
 from attnctl.attachment import attach
 from attnctl.control import AttentionCall, Control, Rows
 from attnctl.errors import ControlError, PhraseError
+from attnctl.maps import TokenMaps
 from attnctl.patch import Patch
 
 
@@ -250,3 +251,20 @@ def test_patch_steps_aside_inside_a_later_one():
     assert thing.speak("hi") == "HI!"
     patch.undo()
     assert thing.speak is theirs and thing.speak("hi") == "hi!"
+
+
+@pytest.mark.parametrize("wrong", ["cat", Identity, [Identity()], None])
+def test_what_is_no_control_is_refused(wrong):
+    pipe = tiny.sd1()
+    with pytest.raises(ControlError, match="attach takes controls"):
+        attach(pipe, wrong)
+
+
+def test_maps_of_a_subclass_are_found():
+    class Mine(TokenMaps):
+        pass
+
+    pipe = tiny.sd1()
+    with attach(pipe, Mine("cat")) as run:
+        tiny.draw(pipe)
+    assert run.maps["cat"].shape[0] == 1

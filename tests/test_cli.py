@@ -134,6 +134,22 @@ def test_maps_show_every_word_and_change_no_pixel(generate):
     assert Image.open(out[1]).getcolors(10_000) is None or len(Image.open(out[1]).getcolors(10_000)) > 50
 
 
+@pytest.mark.parametrize(
+    ("prompt", "words", "said"),
+    [
+        ("a cat " + "and a dog " * 40 + "lion", "cat", "lion"),
+        ("İstanbul cat and dog", "dog", None),
+        ("the cat’s hat", "hat", None),
+        ("the a", None, "no word"),
+    ],
+)
+def test_maps_never_fail_a_drawing(generate, prompt, words, said):
+    code, out, err = generate("--maps", "--steps", 1, prompt=prompt)
+    known = recipe.read(Path(out[-1]))[1]
+    assert code == 0 and (words is None or words in known.maps)
+    assert len(err) == (said is not None) and (said is None or said in err[0])
+
+
 def test_maps_stand_under_both_pictures_of_a_comparison(generate):
     damped = ("--compare", "--control", "damp(cat, dog)")
     flat = Image.open(generate(*damped)[1][-1])
@@ -181,6 +197,20 @@ def test_reproduce_tells_what_has_changed(generate, run, tmp_path, monkeypatch):
     assert code == 1 and out[-1].startswith("differs: ")
     assert any("redrawn with torch 9" in line for line in err)
     assert any("weights" in line for line in err)
+
+
+def test_reproduce_overwrites_nothing_and_records_what_it_used(generate, run, tmp_path):
+    _, (drawn,), _ = generate()
+    before = Path(drawn).read_bytes()
+    other = pipelines.sd1()
+    other.unet.conv_in.bias.data += 1
+    other.save_pretrained(tmp_path / "other")
+    for name in ("again", "again-2"):
+        code, out, _ = run("reproduce", drawn, "--out", "out", "--model", tmp_path / "other", "--device", "cpu")
+        assert code == 1 and Path(out[0]) == Path(drawn).with_name(f"{Path(drawn).stem}-{name}.png")
+    known = recipe.read(Path(out[0]))[1]
+    assert known.model == str(tmp_path / "other") and known.weights != recipe.read(Path(drawn))[1].weights
+    assert Path(drawn).read_bytes() == before
 
 
 # --- sites and judge --------------------------------------------------------------------------------------------------
@@ -272,6 +302,7 @@ def test_an_embedded_model_is_judged_and_its_things_are_found(run, judge, tiny, 
         (["--dtype", "int8"], "unknown dtype 'int8'"),
         (["--nonesuch"], "No such option: --nonesuch"),
         (["--out", "file/below"], "--out file/below: "),
+        (["--out", "/proc/foo"], "--out /proc/foo: /proc cannot be written"),
     ],
 )
 def test_bad_request(generate, somewhere, words, said):
@@ -280,6 +311,41 @@ def test_bad_request(generate, somewhere, words, said):
     assert (code, out, len(err)) == (2, [], 1), err
     assert err[0].startswith("attnctl: ") and said in err[0]
     assert [path.name for path in somewhere.iterdir()] == ["file"]
+
+
+def test_controls_are_listed_and_explained(run, monkeypatch):
+    monkeypatch.setattr(cli, "known_controls", KNOWN)
+    code, out, err = run("controls")
+    assert (code, err) == (0, []) and out[0].startswith("segregation(*phrases, strength=1.0") and "apart" in out[1]
+    code, whole, err = run("controls", "Segregation")
+    assert (code, err) == (0, []) and any("window: part of the schedule" in line for line in whole)
+    code, out, err = run("controls", "nope")
+    assert (code, out, len(err)) == (2, [], 1) and "unknown control 'nope'; there are: segregation(" in err[0]
+
+
+def test_a_negative_prompt_without_guidance_is_told(generate):
+    code, _, err = generate("--negative", "a bird", "--guidance", 1)
+    assert code == 0 and len(err) == 1 and "--negative does nothing" in err[0]
+    assert generate("--negative", "a bird", "--guidance", 2)[2] == []
+
+
+def test_out_that_is_a_link_to_nowhere(generate, somewhere):
+    (somewhere / "link").symlink_to("nowhere")
+    code, out, err = generate("--out", "link/below")
+    assert (code, out, len(err)) == (2, [], 1) and "is a link to nowhere" in err[0]
+
+
+def test_a_full_disk_leaves_no_picture_and_names_the_path(generate, somewhere, monkeypatch):
+    def save(picture, path, known, whole=recipe.save):
+        if known.shows == "comparison":
+            raise OSError(28, "No space left on device")
+        whole(picture, path, known)
+
+    monkeypatch.setattr(recipe, "save", save)
+    code, out, err = generate("--compare", "--control", "damp(cat)", "--steps", 1)
+    assert (code, out, len(err)) == (2, [], 1)
+    assert "comparison.png: No space left on device" in err[0]
+    assert not list(somewhere.rglob("*.png"))
 
 
 def test_empty_prompt(generate):

@@ -135,3 +135,9 @@ def test_every_control_of_the_package_describes_itself():
 
     for name, cls in known_controls().items():
         assert describe(cls).startswith(name[0].lower())
+
+
+def test_text_that_is_nested_without_end_is_refused():
+    for text in ("boost(" + "[" * 5000 + "]" * 5000 + ")", "boost(cat, weight=" + "-" * 100_000 + "1)"):
+        with pytest.raises(ControlTextError):
+            parse(text)

@@ -30,6 +30,8 @@ def recipe(**changes):
         ("A red car, a blue bowl with a cat.", ("red", "car", "blue", "bowl", "cat")),
         ("a cat and a cat", ("cat#1", "cat#2")),
         ("the cat's well-worn hat", ("cat's", "well-worn", "hat")),
+        ("the cat’s hat", ("cat’s", "hat")),
+        ("İstanbul cat and Dog", ("İstanbul", "cat", "dog")),
         ("a", ()),
     ],
 )
@@ -105,3 +107,17 @@ def test_every_picture_can_be_made_from_the_drawings_it_needs(shows, controls, k
     assert needed(asked) == kinds
     white = Image.new("RGB", (32, 16), "white")
     assert shows in pictures({kind: Drawing(white, {"cat": white}) for kind in kinds}, asked)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), MemoryError()]
+)
+def test_a_processor_without_memory_says_so(error):
+    pipe = tiny.sd1()
+
+    def decode(*_, **__):
+        raise error
+
+    pipe.vae.decode = decode
+    with pytest.raises(DrawingError, match="out of memory on cpu"):
+        draw(pipe, recipe(steps=1), [])

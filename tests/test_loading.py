@@ -49,10 +49,10 @@ def test_embedded_model_loads_whole(name):
     ("file", "said"),
     [
         ("model_index.json", "is missing: it is no diffusers pipeline folder"),
-        ("unet/config.json", "holds no one of config.json"),
-        ("unet/diffusion_pytorch_model.safetensors", "holds no one of .*safetensors"),
-        ("tokenizer/tokenizer.json", "holds no one of tokenizer.json"),
-        ("scheduler/scheduler_config.json", "holds no one of config.json, scheduler_config.json"),
+        ("unet/config.json", "holds none of config.json"),
+        ("unet/diffusion_pytorch_model.safetensors", "holds none of .*safetensors"),
+        ("tokenizer/tokenizer.json", "holds none of tokenizer.json"),
+        ("scheduler/scheduler_config.json", "holds none of config.json, scheduler_config.json"),
         ("text_encoder", "text_encoder is missing"),
     ],
 )

@@ -123,7 +123,7 @@ def test_words_are_what_may_be_named(clip):
 def test_what_is_not_there_is_named(clip):
     with pytest.raises(PhraseError, match="'horse' is not in the prompt; its words are: a#1, cat, and, a#2, dog"):
         find(clip, "a cat and a dog", "horse")
-    with pytest.raises(PhraseError, match="no 'cat#3': 'cat' is 2 times"):
+    with pytest.raises(PhraseError, match="no 'cat#3': 'cat' is in the prompt 2 times"):
         find(clip, "a cat and a cat", "cat#3")
     with pytest.raises(PhraseError, match="no 'cat#0'"):
         find(clip, "a cat", "cat#0")

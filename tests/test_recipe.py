@@ -1,5 +1,6 @@
 """Recipes: kept in the PNG, read back, and honest about what has changed."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -129,3 +130,15 @@ def test_weights_hash_sees_every_module_and_every_type():
         layer.bias[1] += 1e-3
     assert weights_hash(Pipe(unet=layer)) != first
     weights_hash(Pipe(unet=torch.nn.BatchNorm1d(2).to(torch.bfloat16)))  # a scalar buffer, and a type numpy lacks
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("threads", 0), ("threads", "x"), ("controls", None), ("shows", "foo"), ("shows", []), ("versions", [])]
+    + [("model", 3), ("seed", "1"), ("seed", -1), ("seed", True), ("steps", "abc"), ("guidance", "3"), ("width", 0)],
+)
+def test_a_recipe_of_wrong_types_is_refused(name, value):
+    text = json.dumps(json.loads(RECIPE.to_json()) | {name: value})
+    with pytest.raises(RecipeError, match=f"the recipe cannot be read: {name} is "):
+        Recipe.from_json(text)
+    assert Recipe.from_json(RECIPE.to_json()) == RECIPE

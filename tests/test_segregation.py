@@ -395,3 +395,23 @@ def test_every_denoiser_call_gets_an_update(scheduler):
     with attach(pipe, control) as run:
         assert tiny.draw(pipe, steps=6).isfinite().all()
     assert len(run.run.state(control).losses) == run.run.calls == run.run.steps >= 6
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 1)])
+def test_blur_of_a_single_row_keeps_what_is_flat(shape):
+    torch.testing.assert_close(blur(torch.ones(1, 2, *shape)), torch.ones(1, 2, *shape))
+
+
+@pytest.mark.parametrize("settings", [{"strength": 1e999}, {"relative": 1e999}, {"relative": float("nan")}])
+def test_settings_that_are_not_finite_are_refused(settings):
+    with pytest.raises(ControlError, match="finite"):
+        Segregation("cat", "dog", **settings)
+
+
+@pytest.mark.parametrize("phrases", [("cat", "Cat"), ("cat", "cat#1"), ("dog", "cat", "CAT")])
+def test_phrases_that_are_the_same_words_are_refused(phrases):
+    import tiny
+
+    pipe = tiny.sd1()
+    with attach(pipe, Segregation(*phrases)), pytest.raises(ControlError, match="the same words of the prompt"):
+        pipe("a cat and a dog", num_inference_steps=1, height=16, width=16)

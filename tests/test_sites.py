@@ -136,3 +136,11 @@ def test_tokens_that_fit_no_grid_are_an_error():
 
 def test_reference_picture_after_the_drawn_one_is_not_image():
     assert SITES[4].layout((2, 2), 5 + 4 + 4, 5 + 4 + 4, 5) == (slice(0, 5), slice(5, 9))
+
+
+def test_a_layer_is_a_number_and_other_types_are_refused():
+    found = discover(tiny.sd1())
+    assert [site.layer for site in select(found, [1, 2])] == [1, 2] and select(found, 1) == select(found, "1")
+    for wrong in (True, 0.5, [0.5], [True]):
+        with pytest.raises(NoSiteError, match="a layer such as 7"):
+            select(found, wrong)

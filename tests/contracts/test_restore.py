@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import tiny
 import torch
 from contract_table import differs, every_pair, same_weights, trace, weights
-from diffusers import EulerDiscreteScheduler
+from diffusers import EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from toys import Identity, Output, Push, Spy
 
 from attnctl.attachment import attach
 from attnctl.control import Control
+from attnctl.errors import ControlError, UnsupportedProcessorError
 
 
 @every_pair
@@ -163,16 +167,79 @@ def test_processor_set_meanwhile_stays():
     assert site.processor is foreign
 
 
-def test_processor_set_meanwhile_that_cannot_be_controlled_is_reported():
+def test_processor_set_meanwhile_that_cannot_be_controlled_is_refused():
     pipe = tiny.sd1()
     eager = AttnProcessor()
     site = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
     with attach(pipe, Output()) as attachment:
         site.set_processor(eager)
-        tiny.draw(pipe)
-        assert attachment.report.foreign == ("mid_block.attentions.0.transformer_blocks.0.attn1",)
         assert "another processor was set: mid_block" in str(attachment.report)
+        with pytest.raises(UnsupportedProcessorError, match="mid_block.*AttnProcessor, which never calls fused"):
+            tiny.draw(pipe)
     assert site.processor is eager
+    pipe = tiny.sd1()
+    with attach(pipe, Output()):
+        pipe.enable_attention_slicing(1)
+        with pytest.raises(UnsupportedProcessorError, match="disable_attention_slicing"):
+            tiny.draw(pipe)
+
+
+def processors(pipe):
+    return {type(p).__name__ for p in pipe.unet.attn_processors.values()}
+
+
+def test_projections_fused_and_unfused_while_attached():
+    """diffusers keeps the processors it finds when it fuses, which are ours, and puts them back."""
+    pipe = tiny.sd1()
+    plain = tiny.draw(pipe)
+    with attach(pipe, Output()):
+        want = tiny.draw(pipe)
+        pipe.fuse_qkv_projections(vae=False)
+        tiny.draw(pipe)
+        pipe.unfuse_qkv_projections(vae=False)
+        assert torch.equal(tiny.draw(pipe), want)
+    assert processors(pipe) == {"AttnProcessor2_0"}
+    assert torch.equal(tiny.draw(pipe), plain)
+
+
+def test_our_processors_put_back_after_release_do_nothing_and_can_be_attached_again():
+    pipe = tiny.sd1()
+    plain = tiny.draw(pipe)
+    with attach(pipe, Output()):
+        want = tiny.draw(pipe)
+        kept = pipe.unet.attn_processors
+    pipe.unet.set_attn_processor(kept)
+    assert torch.equal(tiny.draw(pipe), plain)
+    with attach(pipe, Output()):
+        assert torch.equal(tiny.draw(pipe), want)
+    assert processors(pipe) == {"AttnProcessor2_0"}
+
+
+@pytest.mark.parametrize("name", ["sd1", "flux"])
+def test_copies_of_an_attached_pipeline_are_plain(name):
+    pipe = tiny.MODELS[name]()
+    plain = tiny.draw(pipe)
+    with attach(pipe, Output()):
+        want = tiny.draw(pipe)
+        copies = [copy.deepcopy(pipe), pickle.loads(pickle.dumps(tiny.denoiser(pipe)))]
+        assert torch.equal(tiny.draw(copies[0], steps=3), tiny.draw(tiny.MODELS[name](), steps=3))
+        assert torch.equal(tiny.draw(pipe), want)
+        assert copies[0].scheduler.step.__self__ is copies[0].scheduler
+    assert torch.equal(tiny.draw(copies[0]), plain)
+    setattr(pipe, "unet" if name == "sd1" else "transformer", copies[1])
+    assert torch.equal(tiny.draw(pipe), plain)
+
+
+def test_another_pipeline_with_the_same_denoiser_is_refused():
+    pipe = tiny.sd1()
+    other = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    picture = {"image": torch.rand(1, 3, 32, 48), "size": None, "strength": 0.9}
+    plain = tiny.draw(other, **picture)
+    with attach(pipe, Output()):
+        with pytest.raises(ControlError, match="through a StableDiffusionPipeline, but a .*Img2Img.* draws with it"):
+            tiny.draw(other, **picture)
+        tiny.draw(pipe)
+    assert torch.equal(tiny.draw(other, **picture), plain)
 
 
 def test_patch_made_over_ours_meanwhile_stays_and_works():

@@ -22,6 +22,7 @@ from attnctl.glyph.words import COLOURS, CONCEPTS
 SLOTS = 4  # things in a picture, at most
 WIDTH = 24
 SHIFT = 2  # cells of the masks
+THRESHOLD = 0.5  # of the probability that a concept is there; trained by cross-entropy, it needs no other
 COLOUR_NAMES = list(COLOURS)
 COUNTS = {kind: 4000 if kind == "scene" else 500 for kind in KINDS}  # test pictures
 
@@ -71,6 +72,7 @@ class Judging:
         self, pictures: int, seed: int, device: str, cache: Path, vae: Path | None = None, batch: int = 32
     ) -> None:
         self.device, self.batch, self.seed, self.step, self.pictures = device, batch, seed, 0, pictures
+        self.redrawn = vae is not None
         self.data = self._data(pictures, seed, cache, vae)
         easel = Easel(stream=6)
         wanted = _counts(1600).items()
@@ -158,14 +160,14 @@ class Judging:
     @torch.no_grad()
     def report(self, network: nn.Module, folder: Path, step: int) -> str:
         self.step = step
-        judge = Judge(self._settled(network), 0.5, self.device)
+        judge = Judge(self._settled(network), THRESHOLD, self.device)
         score = scores(judge, self.validation)
         wrong_sheet(judge, self.validation).save(folder / f"report-{step:06d}.png")
         return score.line()
 
     @torch.no_grad()
     def export(self, network: nn.Module, folder: Path) -> None:
-        """Chooses the threshold on validation pictures; writes FOLDER/judge with the scores on test pictures."""
+        """Writes FOLDER/judge with the scores on test pictures."""
         out = folder / "judge"
         out.mkdir(exist_ok=True)
         self._settled(network)
@@ -173,14 +175,12 @@ class Judging:
         weights = {k: v.half() if v.ndim > 1 else v for k, v in network.state_dict().items()}
         save_file({name: value.cpu().contiguous() for name, value in weights.items()}, out / "judge.safetensors")
         config = {"width": WIDTH, "concepts": CONCEPTS, "colours": COLOUR_NAMES}
-        judge = Judge(network, 0.5, self.device)
-        judge.threshold = threshold(judge, self.validation)
-        (out / "config.json").write_text(json.dumps(config | {"threshold": judge.threshold}, indent=2) + "\n")
+        (out / "config.json").write_text(json.dumps(config | {"threshold": THRESHOLD}, indent=2) + "\n")
         easel = Easel(stream=7)
         test = [easel.draw(kind, k) for kind, count in COUNTS.items() for k in track(range(count), f"drawing: {kind}")]
         score = scores(load(out, self.device), test)
         print(score.table())
-        (out / "README.md").write_text(card(score, self, judge.threshold))
+        (out / "README.md").write_text(card(score, self))
 
 
 @torch.no_grad()
@@ -193,20 +193,6 @@ def _redrawn(images: list[Image.Image], vae: Path, device: str) -> list[Image.Im
     again = model.decode(model.encode(values).latent_dist.mode()).sample
     again = ((again.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(image) for image in again]
-
-
-def threshold(judge: Judge, examples: Sequence[Example]) -> float:
-    """The probability that is wrong least often about a concept being there; the middle one of equals.
-
-    Asked of whole scenes and of pictures that show nothing, where nobody would argue.
-    """
-    examples = [example for example in examples if example.kind in ("scene", *NONE)]
-    logits = judge.logits([picture(example) for example in examples])
-    confidence = torch.stack([presence for presence, _, _ in logits]).sigmoid()
-    there = torch.tensor([[c in {thing.concept for thing in e.things} for c in CONCEPTS] for e in examples])
-    grid = torch.linspace(0.1, 0.9, 81)
-    wrong = torch.tensor([int(((confidence >= t) != there).sum()) for t in grid])
-    return round(float(grid[wrong == wrong.min()].median()), 2)
 
 
 def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
@@ -293,11 +279,12 @@ def wrong_sheet(judge: Judge, examples: Sequence[Example], most: int = 40) -> Im
     return page
 
 
-def card(score: Scores, task: Judging, threshold: float) -> str:
+def card(score: Scores, task: Judging) -> str:
     """The model card, in Markdown."""
     size = sum(p.numel() for p in task.network.parameters())
     low = min(min(pair) for pair in score.presence.values())
     none = ", ".join(f"{kind} {score.right[kind]:.1%}" for kind in NONE)
+    option, half = (" --vae", ", half of them passed through the autoencoder") if task.redrawn else ("", "")
     return f"""# The judge of the glyph world
 
 Reads a 128 x 128 picture: which of 24 concepts it shows, where (boxes and 32 x 32 masks), and which of 11 colours its
@@ -305,11 +292,11 @@ objects have.
 
 - Use: `attnctl.glyph.judge.load().read(images)`, or `attnctl judge IMAGE...`. It knows this world alone.
 - Network: convolutions on the picture at 64 x 64, {size:,} parameters, matrices in half precision.
-- Training: `python -m attnctl.glyph.train judge`, {task.step:,} steps of {task.batch} pictures, seed {task.seed}.
+- Training: `python -m attnctl.glyph.train judge{option}`, {task.step:,} steps of {task.batch} pictures,
+  seed {task.seed}.
 - Data: {task.pictures:,} pictures drawn by `attnctl.glyph.train.examples`, some worn by JPEG, blur, noise and small
-  shifts of colour. No generated picture.
-- A thing counts from about 70 % of it on. It is present from a probability of {threshold:.2f} on, chosen on
-  validation pictures.
+  shifts of colour{half}. No generated picture.
+- A thing counts from about 70 % of it on. It is present from a probability of {THRESHOLD:g} on.
 
 ## Scores
 

@@ -213,5 +213,6 @@ class Denoising:
 
     def export(self, network: Any, folder: Path) -> None:
         """Writes folder/glyph-sd, in half precision, and how it was made."""
+        self.vae.register_to_config(_name_or_path="glyph-sd")  # not the folder of the machine it was trained on
         self.pipeline(network.to("cpu")).to(torch.float16).save_pretrained(folder / "glyph-sd")
         (folder / "glyph-sd" / "training.json").write_text(json.dumps(self.made_by, indent=1) + "\n")
