@@ -5,7 +5,9 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -111,6 +113,10 @@ def generate(
         bool, typer.Option("--compare", help="Also draw without controls; show both on one sheet.")
     ] = False,
     maps: Annotated[bool, typer.Option("--maps", help="Show where each word of the prompt is looked at.")] = False,
+    trace: Annotated[
+        bool,
+        typer.Option("--trace", help="Also save what the controls did: losses by step, updates, and how maps changed."),
+    ] = False,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures; made if need be.")] = Path("out"),
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "float32",
@@ -119,6 +125,7 @@ def generate(
 
     - attnctl generate 'a cat and a dog' --compare --maps
     - attnctl generate 'a cat and a red car' --control 'segregation(cat, red car)' --seed 7 --count 4
+    - attnctl generate 'a cat and a dog' --control 'astar(cat, dog)' --trace
     - attnctl generate 'a lion with a crown' --model ./my-model --size 768x512 --control 'segregation(lion, crown)'
 
     A control is written like a call whose strings need no quotes: phrases of the prompt first, then settings. A wrong
@@ -127,6 +134,8 @@ def generate(
     """
     shape = _checked(prompt, seed, count, steps, guidance, size)
     texts = _control_texts(prompt, model, control or [], subjects, compare)
+    if trace and not texts:
+        raise UsageError("--trace tells what a control does: give --control as well")
     _check_writable(out)
     controls = [_control(text) for text in texts]
 
@@ -161,7 +170,10 @@ def generate(
             one = replace(first, seed=seed + number)
             kinds = ["plain"] * (compare or not controls) + ["controlled"] * bool(controls)
             drawings = {
-                kind: drawing.draw(pipe, one, controls if kind == "controlled" else [], kind, bar) for kind in kinds
+                kind: drawing.draw(
+                    pipe, one, controls if kind == "controlled" else [], kind, bar, trace and kind != "plain"
+                )
+                for kind in kinds
             }
             paths = _save(drawings, one, out)
             seen = _judged(model, drawings)
@@ -305,20 +317,26 @@ def _save(drawings: "dict[str, Drawing]", recipe: "Recipe", out: Path) -> list[P
 
     slug = re.sub(r"[^a-z0-9]+", "-", recipe.prompt.lower()).strip("-")[:48].rstrip("-") or "picture"
     stem = f"{slug}-{recipe.seed}-{recipe.digest()}"
-    paths: list[Path] = []
-    new: list[Path] = []
-    for shows, picture in pictures(drawings, recipe).items():
-        path = out / f"{stem}-{shows}.png"
-        fresh = not path.exists()
+    traces: dict[Path, Callable[[Path], object]] = {}
+    for drawn in drawings.values():
+        if drawn.trace is not None:
+            told = json.dumps({"prompt": recipe.prompt, "seed": recipe.seed} | drawn.trace.report, indent=1)
+            traces[out / f"{stem}-trace.json"] = partial(Path.write_text, data=told)
+            traces |= {out / f"{stem}-{name}.png": picture.save for name, picture in drawn.trace.pictures.items()}
+    shown = {
+        out / f"{stem}-{shows}.png": partial(save, picture, recipe=replace(recipe, shows=shows))
+        for shows, picture in pictures(drawings, recipe).items()
+    }
+    files = shown | traces  # the first makes the folder
+    new = [path for path in files if not path.exists()]
+    for path, write in files.items():
         try:
-            save(picture, path, replace(recipe, shows=shows))
+            write(path)
         except OSError as error:
-            for written in new:
-                written.unlink(missing_ok=True)
+            for one in new:
+                one.unlink(missing_ok=True)
             raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
-        paths.append(path)
-        new += [path] * fresh
-    return paths
+    return [*traces, *shown]
 
 
 # --- reproduce, judge, controls, sites --------------------------------------------------------------------------------

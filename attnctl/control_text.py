@@ -54,9 +54,9 @@ def named(name: str, available: Mapping[str, type]) -> type:
 
 
 def summary(cls: type, whole: bool = False) -> str:
-    """What a control does, indented: the first paragraph of its docstring, or all of it."""
-    said = inspect.getdoc(cls) or ""
-    return textwrap.indent(said if whole else said.partition("\n\n")[0], "    ")
+    """What a control does, indented: the first paragraph of its docstring, or all of it and of what it builds on."""
+    said = [inspect.cleandoc(one.__doc__ or "") for one in cls.__mro__[:-2]]  # without Control and object
+    return textwrap.indent("\n\n".join(filter(None, said)) if whole else said[0].partition("\n\n")[0], "    ")
 
 
 def describe(cls: type) -> str:
@@ -80,7 +80,7 @@ def _plain(name: str) -> str:
 
 
 def _snake(name: str) -> str:
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z][A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 def _show(value: Any) -> str:

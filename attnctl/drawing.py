@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from rich.progress import Progress
 
+    from .attachment import Attachment
     from .control import Control
     from .recipe import Recipe
 
@@ -29,11 +30,20 @@ class DrawingError(AttnctlError):
 
 
 @dataclass(frozen=True)
+class Trace:
+    """What the controls of a drawing did: plain data, and pictures of it by what they show."""
+
+    report: dict[str, Any]
+    pictures: dict[str, Image.Image]
+
+
+@dataclass(frozen=True)
 class Drawing:
-    """A picture, and the heat map of each word over it."""
+    """A picture, the heat map of each word over it, and, if asked for, what the controls did."""
 
     picture: Image.Image
     maps: dict[str, Image.Image]
+    trace: Trace | None = None
 
 
 def content_words(prompt: str) -> tuple[str, ...]:
@@ -84,8 +94,18 @@ def draw(
     controls: Sequence["Control"],
     label: str = "",
     bar: "Progress | None" = None,
+    trace: bool = False,
 ) -> Drawing:
-    """Draw one picture as `recipe` says, under these controls. `bar` shows the steps, under this label."""
+    """Draw one picture as `recipe` says, under these controls.
+
+    Args:
+        pipe: the pipeline.
+        recipe: what to draw; its controls are not read.
+        controls: of this drawing.
+        label: of the bar.
+        bar: shows the steps.
+        trace: also note what the controls do, for `Drawing.trace`.
+    """
     import torch
 
     from .attachment import attach
@@ -94,12 +114,14 @@ def draw(
     # On the CPU whatever the device, so that a seed means the same noise everywhere.
     settings["generator"] = torch.Generator("cpu").manual_seed(recipe.seed)
     watch = _maps_control(recipe.maps)
+    by_step = _maps_control(_named(controls) or recipe.maps, keep="step") if trace else ()
     try:
         with ExitStack() as stack:
             stack.enter_context(_steps_shown(pipe, bar, label))
-            run = stack.enter_context(attach(pipe, *controls, *watch)) if controls or watch else None
+            run = stack.enter_context(attach(pipe, *controls, *watch, *by_step)) if controls or watch else None
             picture = pipe(**settings).images[0]
             maps = {word: run.maps.overlay(word, picture) for word in recipe.maps} if run else {}
+            told = _told(run, len(controls), by_step) if run and trace else None
     except AttnctlError:
         raise
     except torch.OutOfMemoryError as error:
@@ -110,7 +132,7 @@ def draw(
         raise DrawingError(f"out of memory on {recipe.device}: try a smaller --size") from error
     except ValueError as error:  # the pipeline's own check of its inputs
         raise DrawingError(" ".join(str(error).split())) from error
-    return Drawing(picture, maps)
+    return Drawing(picture, maps, told)
 
 
 def needed(recipe: "Recipe") -> tuple[str, ...]:
@@ -132,12 +154,33 @@ def pictures(drawings: dict[str, Drawing], recipe: "Recipe") -> dict[str, Image.
     return found
 
 
-def _maps_control(phrases: tuple[str, ...]) -> "tuple[Control, ...]":
+def _maps_control(phrases: tuple[str, ...], keep: Any = ()) -> "tuple[Control, ...]":
     if not phrases:
         return ()
     from .maps import TokenMaps
 
-    return (TokenMaps(*phrases),)
+    return (TokenMaps(*phrases, keep=keep),)
+
+
+def _named(controls: Iterable["Control"]) -> tuple[str, ...]:
+    """The phrases that controls speak of, each once."""
+    found: dict[str, None] = {}
+    for control in controls:
+        for phrase in getattr(control, "phrases", ()):
+            found |= dict.fromkeys([phrase] if isinstance(phrase, str) else phrase)
+    return tuple(found)
+
+
+def _told(run: "Attachment", own: int, by_step: "tuple[Control, ...]") -> Trace:
+    """What the first `own` controls of an attachment did; the others are its recorders."""
+    from .trace_pictures import loss_curves, map_sequence
+
+    report = run.report.to_json()
+    report["sites"] = report["sites"][:own]
+    shown = {"losses": loss_curves(report["traces"])}
+    for recorder in by_step:
+        shown["steps"] = map_sequence(run.run.state(recorder))
+    return Trace(report, {name: picture for name, picture in shown.items() if picture is not None})
 
 
 def _call_settings(pipe: "DiffusionPipeline", recipe: "Recipe") -> dict[str, Any]:

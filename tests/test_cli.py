@@ -313,14 +313,38 @@ def test_bad_request(generate, somewhere, words, said):
     assert [path.name for path in somewhere.iterdir()] == ["file"]
 
 
+def test_a_trace_is_data_and_pictures(generate, monkeypatch):
+    monkeypatch.setattr(cli, "known_controls", KNOWN)
+    code, out, err = generate("--control", "astar(cat, dog)", "--trace", "--compare")
+    assert (code, err) == (0, [])
+    told, *shown = map(Path, out)
+    assert [path.stem.rsplit("-", 1)[1] for path in shown] == ["losses", "steps", "plain", "controlled", "comparison"]
+    report = json.loads(told.read_text())
+    assert (report["prompt"], report["seed"], report["calls"]) == (WORDS, 0, 2)
+    assert [one["control"] for one in report["sites"]] == ["AStar"]
+    (trace,) = report["traces"]
+    assert [step["step"] for step in trace["steps"]] == [0, 1] and trace["updates"] == 2
+    assert set(trace["steps"][0]["evaluations"][0]["losses"]) == {"segregation", "retention"}
+    for picture in shown[:2]:
+        assert len(Image.open(picture).convert("RGB").getcolors(1 << 20)) > 20
+
+
+def test_a_trace_of_a_control_without_losses_has_no_curves(generate):
+    code, out, err = generate("--control", "damp(cat, dog)", "--trace")
+    assert (code, err) == (0, [])
+    assert [Path(line).stem.rsplit("-", 1)[1] for line in out] == ["trace", "steps", "controlled"]
+    code, out, err = generate("--trace")
+    assert (code, out, len(err)) == (2, [], 1) and "give --control" in err[0]
+
+
 def test_controls_are_listed_and_explained(run, monkeypatch):
     monkeypatch.setattr(cli, "known_controls", KNOWN)
     code, out, err = run("controls")
-    assert (code, err) == (0, []) and out[0].startswith("segregation(*phrases, strength=1.0") and "apart" in out[1]
+    assert (code, err) == (0, []) and any(line.startswith("segregation(*phrases, strength=1.0") for line in out)
     code, whole, err = run("controls", "Segregation")
     assert (code, err) == (0, []) and any("window: part of the schedule" in line for line in whole)
     code, out, err = run("controls", "nope")
-    assert (code, out, len(err)) == (2, [], 1) and "unknown control 'nope'; there are: segregation(" in err[0]
+    assert (code, out, len(err)) == (2, [], 1) and "unknown control 'nope'; there are: astar(" in err[0]
 
 
 def test_a_negative_prompt_without_guidance_is_told(generate):
