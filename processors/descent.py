@@ -71,6 +71,8 @@ class MapDescent(Control):
         updates: how many updates at each step; each is an extra forward, as far as the last site, and its backward.
         enough: an image whose loss, less the least it can be, is no more than this is left out of what updates the step
             has left (ours). None: every image gets all updates.
+        seen: an image whose every phrase has a place that looks at it with this probability is left out as well (ours);
+            of maps that are the mean over heads and sites. None: every image gets its updates.
         refine: Attend-and-Excite's refinement: pairs (position in the schedule, loss less the least it can be). At that
             position an image above that loss is updated until it is not, at most 20 times, before the ordinary update.
             As in their code, the update in which the target is found met is still made. Their thresholds for 50 steps
@@ -93,6 +95,7 @@ class MapDescent(Control):
     relative: float | None = 0.02
     updates: int = 1
     enough: float | None = None
+    seen: float | None = None
     refine: tuple[tuple[int, float], ...] = ()
     keep_norm: bool = False
     checkpoint: bool = False
@@ -177,6 +180,7 @@ class Descent:
         self.z = start.detach().to(torch.promote_types(start.dtype, torch.float32))
         self.excess = torch.full((len(start),), torch.nan, device=start.device)
         self.gradient = torch.zeros_like(self.z)
+        self.peak = torch.zeros_like(self.excess)
 
     def go(self) -> None:
         """All updates of the step; the latents are assigned if there were any."""
@@ -185,11 +189,11 @@ class Descent:
         target = dict(control.refine).get(self.step.run.start + self.step.index)
         if target is not None:
             self.refine(target)
-        images = self.above(control.enough, every)
+        images = self.asking(every)
         for update in range(control.updates):
             if update:
                 self.evaluate(images)
-                images = self.above(control.enough, images)
+                images = self.asking(images)
             if not images:
                 break
             self.move(images)
@@ -205,6 +209,11 @@ class Descent:
             self.move(running)
             self.evaluate(running)
             running = again
+
+    def asking(self, images: list[int]) -> list[int]:
+        """Those of the images that need an update."""
+        seen, peak = self.control.seen, self.peak.tolist()
+        return [image for image in self.above(self.control.enough, images) if seen is None or peak[image] < seen]
 
     def above(self, target: float | None, images: list[int]) -> list[int]:
         """Those of the images whose loss is higher."""
@@ -225,6 +234,8 @@ class Descent:
             read = {loss.name: loss.read(view) for loss in trace.terms}
             total = torch.stack([term.total for term in read.values()]).sum(0)
             gradient, finite = gradients(total, z, trace.scale[images])
+        peaks = phrase_maps(tokens.detach(), own, "mean").flatten(2).amax(-1)
+        self.peak[images] = peaks.masked_fill(~own.present, torch.inf).amin(-1).to(self.peak.dtype)
         floor = torch.stack([term.floor for term in read.values()]).sum(0)
         self.excess[images], self.gradient[images] = (total.detach() - floor).to(self.excess.dtype), gradient
         trace.skipped[images] += ~finite
