@@ -15,10 +15,16 @@ class UsageError(AttnctlError):
     """An option that makes no sense, alone or with the others."""
 
 
-def run(app: typer.Typer, name: str) -> NoReturn:
-    """Run a command line: one clear line on stderr and exit code 2 for everything that is the caller's to mend."""
+def run(app: typer.Typer, name: str, words: list[str] | None = None) -> NoReturn:
+    """Run a command line: one clear line on stderr and exit code 2 for everything that is the caller's to mend.
+
+    Args:
+        app: what is run.
+        name: how it is called, for messages.
+        words: of the command line; None for those of the process.
+    """
     try:
-        code = app(standalone_mode=False)
+        code = app(words, standalone_mode=False)
     except (AttnctlError, OSError) as error:
         code = _complain(name, " ".join(str(error).split()))
     except typer.Abort:
