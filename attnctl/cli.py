@@ -1,10 +1,8 @@
 """The command line. Thin: it parses, calls and reports; torch and diffusers are imported once a command needs them."""
 
 import json
-import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import __version__
-from .errors import AttnctlError
+from .command import UsageError, check_writable, run
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -41,35 +39,9 @@ DEVICE_HELP = "cpu, cuda, cuda:1, ...; default: cuda if there is one, else cpu."
 DTYPE_HELP = "float32, float16 or bfloat16."
 
 
-class UsageError(AttnctlError):
-    """An option that makes no sense, alone or with the others."""
-
-
 def main() -> None:
-    """The console script: one clear line on stderr and exit code 2 for everything that is the caller's to mend."""
-    try:
-        code = app(standalone_mode=False)
-    except (AttnctlError, OSError) as error:
-        code = _complain(" ".join(str(error).split()))
-    except typer.Abort:
-        code = 130
-    except Exception as error:
-        if not hasattr(error, "format_message"):
-            raise  # a bug: its traceback is wanted
-        said = error.format_message()  # nothing where the help has been shown instead
-        code = _complain(f"{said} ({_command(error)} --help shows how)") if said else 2
-    sys.exit(code or 0)
-
-
-def _command(error: Exception) -> str:
-    """The command that a usage error is about: `attnctl generate`, or `attnctl` itself."""
-    context = getattr(error, "ctx", None)
-    return " ".join(["attnctl", *([context.info_name] if context is not None and context.parent else [])])
-
-
-def _complain(line: str) -> int:
-    print(f"attnctl: {line}", file=sys.stderr)
-    return 2
+    """The console script."""
+    run(app, "attnctl")
 
 
 def _say_version(wanted: bool) -> None:
@@ -136,7 +108,7 @@ def generate(
     texts = _control_texts(prompt, model, control or [], subjects, compare)
     if trace and not texts:
         raise UsageError("--trace tells what a control does: give --control as well")
-    _check_writable(out)
+    check_writable(out)
     controls = [_control(text) for text in texts]
 
     from . import drawing, loading, recipe
@@ -264,23 +236,6 @@ def _control(text: str) -> "Control":
     return parse_control(text, known_controls())
 
 
-def _check_writable(out: Path) -> None:
-    """Refuse before a picture is drawn, and without leaving anything behind."""
-    above = (out, *out.absolute().parents)
-    if broken := next((path for path in above if path.is_symlink() and not path.exists()), None):
-        raise UsageError(f"--out {out}: {broken} is a link to nowhere")
-    nearest = next(folder for folder in above if folder.exists())
-    if not nearest.is_dir():
-        raise UsageError(f"--out {out}: {nearest} is a file, not a folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UsageError(f"--out {out}: {nearest} cannot be written")
-    try:
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:  # a file system that takes no files, such as /proc
-        raise UsageError(f"--out {out}: {nearest} cannot be written: {error.strerror}") from None
-
-
 def _open(model: str, device: str | None, dtype: str, bar: "Progress") -> "DiffusionPipeline":
     task = bar.add_task(f"loading {model}", total=None)
     import torch
@@ -360,7 +315,7 @@ def reproduce(
 
     picture, known = recipe.read(image)
     if out is not None:
-        _check_writable(out)
+        check_writable(out)
     controls = [_control(text) for text in known.controls]
     import torch
 

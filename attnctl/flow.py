@@ -44,7 +44,7 @@ class Flow:
         self.resting: ExitStack | None = None  # while controls themselves run; a denoiser they call is a plain one
         self.frozen = False  # while a control may differentiate what a probe recorded
         self.branch: tuple[str, dict[str, Any], ExitStack] | None = None  # the cache_context we are in
-        self.turn = Turn(type(wiring.pipe).__name__)
+        self.turn = Turn(type(wiring.pipe).__name__, lambda: wiring.pipe in _calling())
 
     def on_check(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._arrive()  # every pipeline calls check_inputs first
@@ -246,10 +246,15 @@ class Flow:
 
 def _drawing(own: Any) -> Any:
     """Another pipeline than `own` that is in the middle of a call in this thread, or None."""
+    innermost = next(_calling(), None)
+    return None if innermost is own else innermost
+
+
+def _calling() -> Iterator[Any]:
+    """The pipelines that are in the middle of a call in this thread, innermost first."""
     frame: Any = sys._getframe()
     while frame is not None:
         caller = frame.f_locals.get("self")
         if isinstance(caller, DiffusionPipeline) and frame.f_code is inspect.unwrap(type(caller).__call__).__code__:
-            return None if caller is own else caller
+            yield caller
         frame = frame.f_back
-    return None

@@ -17,7 +17,7 @@ from .errors import AttnctlError
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import DiffusionPipeline
+    from diffusers import AutoencoderKL, DiffusionPipeline
 
 MODELS = Path(__file__).parent / "glyph" / "models"
 """The folders of the embedded models."""
@@ -60,13 +60,13 @@ def load(
         raise ModelError(f"unknown dtype {dtype!r}: choose from {', '.join(DTYPES)}")
     options["dtype"] = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
     if device is not None:
-        device = _device(device)
+        device = usable_device(device)
 
     folder = _folder(model)
     if folder is not None:
         check_folder(folder)
         options["local_files_only"] = True
-    with _quiet():
+    with quiet():
         from diffusers import DiffusionPipeline
 
         try:
@@ -74,6 +74,23 @@ def load(
         except Exception as error:  # what a hub client or a weight loader raises is not a closed set
             raise ModelError(_why(model, folder, error)) from error
     return pipe if device is None else pipe.to(device)
+
+
+def load_autoencoder(folder: Path) -> "AutoencoderKL":
+    """The autoencoder that `save_pretrained` wrote into a folder; never one from the hub."""
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is no folder: an autoencoder is one written by save_pretrained")
+    config = folder / "config.json"
+    if not config.is_file() or _json(config, "").get("_class_name") != "AutoencoderKL":
+        raise ModelError(f"{folder} holds no autoencoder: there is no config.json of an AutoencoderKL")
+    _check_component(folder)
+    with quiet():
+        from diffusers import AutoencoderKL
+
+        try:
+            return AutoencoderKL.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # what a weight loader raises is not a closed set
+            raise ModelError(_why(folder, folder, error)) from error
 
 
 def _folder(model: str | Path) -> Path | None:
@@ -99,22 +116,26 @@ def _known() -> str:
 
 
 def _why(model: str | Path, folder: Path | None, error: Exception) -> str:
-    said = " ".join(str(error).split()) or type(error).__name__
-    said = said if len(said) <= 160 else said[:160] + " ..."
+    said = _short(error)
     if folder is not None:
         return f"cannot load the model folder {folder}: {said}"
     return f"cannot load {str(model)!r} from the hub: unknown, private, or out of reach from here; {_known()} ({said})"
 
 
-def _device(device: "str | torch.device") -> "torch.device":
+def _short(error: Exception) -> str:
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= 160 else said[:160] + " ..."
+
+
+def usable_device(device: "str | torch.device") -> "torch.device":
+    """The device of this name, once it has held a number and given it back; else a `ModelError`."""
     import torch
 
     try:
         found = torch.device(device)
-        torch.empty(1, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"device {str(device)!r} cannot be used here: {reason}") from error
+        torch.zeros(1, device=found).item()  # "meta" holds none
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ModelError(f"device {str(device)!r} cannot be used here: {_short(error)}") from error
     return found
 
 
@@ -123,7 +144,7 @@ _NOISE = ("requires torchvision", "Couldn't connect to the Hub")
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No bars for the loading of components (a download still shows its own), and none of the `_NOISE`."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
@@ -21,6 +21,7 @@ from .errors import AttnctlError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from torch.nn import Module
 
 CHUNK = "attnctl"
 """Keyword of the PNG text chunk."""
@@ -139,11 +140,16 @@ def weights_hash(pipe: "DiffusionPipeline") -> str:
     """One hash over every parameter and buffer of every component, in the type they are loaded in."""
     import torch
 
+    return modules_hash({name: it for name, it in pipe.components.items() if isinstance(it, torch.nn.Module)})
+
+
+def modules_hash(modules: Mapping[str, "Module"]) -> str:
+    """One hash over every parameter and buffer of modules by name."""
+    import torch
+
     digest = hashlib.sha256()
-    for name, component in sorted(pipe.components.items()):
-        if not isinstance(component, torch.nn.Module):
-            continue
-        for key, tensor in component.state_dict().items():
+    for name, module in sorted(modules.items()):
+        for key, tensor in module.state_dict().items():
             digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)};".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from .errors import BusyError
 
@@ -15,11 +16,13 @@ class Turn:
     before it spoils anything.
     """
 
-    def __init__(self, who: str) -> None:
+    def __init__(self, who: str, calling: Callable[[], bool]) -> None:
         self.who = who  # for messages
+        self.calling = calling  # whether this thread is inside the pipeline's `__call__`
         self.owner: int | None = None  # the thread of the pipeline call under way
         self.calls = 0
-        self.latest: dict[int, int] = {}  # thread -> number of the pipeline call it is in, as far as we know
+        # thread -> number of the pipeline call it is in, as far as we know; whether `calling` when that began
+        self.latest: dict[int, tuple[int, bool]] = {}
 
     def begin(self, at_work: bool) -> None:
         """A pipeline call begins in this thread.
@@ -32,7 +35,7 @@ class Turn:
             self._busy()
         self.owner = me
         self.calls += 1
-        self.latest[me] = self.calls
+        self.latest[me] = self.calls, self.calling()
 
     def go_on(self) -> None:
         """The pipeline call in this thread goes on; one that never began, such as a loop by hand, begins.
@@ -41,9 +44,13 @@ class Turn:
             BusyError: another thread has begun a call since.
         """
         me = threading.get_ident()
-        if self.latest.get(me, self.calls) != self.calls:
+        number, called = self.latest.get(me, (self.calls, False))
+        if number != self.calls:
             del self.latest[me]
-            self._busy()
+            # A call that has left this thread's stack ended half-way, so this is something new. Whether a loop by hand
+            # goes on cannot be seen; it is told, for its scheduler has been the other's meanwhile.
+            if self.calling() or not called:
+                self._busy()
         if self.owner is None:
             self.owner = me
         elif self.owner != me:

@@ -6,31 +6,38 @@
 All conditions draw from the same noise. Results are kept as they come: a killed run goes on where it was.
 """
 
+import fcntl
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn, TextIO
 
 import torch
 import typer
-from measures import Rate, paired, rate
+from measures import paired, rate
 from PIL import Image, ImageDraw, ImageFont
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 import attnctl
+from attnctl import command
 from attnctl.control import Control
+from attnctl.errors import AttnctlError
 from attnctl.glyph import judge
 from attnctl.glyph.words import Prompt, benchmark, is_held_out
 from attnctl.loading import USUAL
-from attnctl.recipe import weights_hash
+from attnctl.recipe import installed_versions, weights_hash
 
+WIDTH = 96  # characters of the table of results
 CATEGORIES = ("animals", "animal-object", "objects")
 
 
@@ -109,16 +116,89 @@ def batches(cases: Sequence[Case], size: int) -> Iterator[list[Case]]:
             yield group[first : first + size]
 
 
-def read_done(file: Path) -> dict[str, dict[str, Any]]:
-    """Results by case; a line cut short by a kill is dropped."""
-    done = {}
-    for line in file.read_text().splitlines() if file.exists() else ():
+def unfinished(cases: Sequence[Case], done: dict[str, Any], size: int) -> list[list[Case]]:
+    """The batches that lack a result. They stay whole: the size of its batch decides the last bits of a picture."""
+    return [group for group in batches(cases, size) if any(case.name not in done for case in group)]
+
+
+def read_done(file: Path, pictures: Path) -> dict[str, dict[str, Any]]:
+    """Results by case; what a kill cut short, or whose picture is gone, is not done."""
+    there, done = {path.stem for path in pictures.glob("*.png")}, {}
+    for line in file.read_text().splitlines():
         try:
             result = json.loads(line)
         except json.JSONDecodeError:
             continue
-        done[result["case"]] = result
+        if result["case"] in there:
+            done[result["case"]] = result
     return done
+
+
+class FolderError(AttnctlError):
+    """A folder whose results are not for this run to go on with."""
+
+
+@contextmanager
+def opened(log: Path) -> Iterator[TextIO]:
+    """The results, to append to on a fresh line, for this process alone; the lock ends with the process.
+
+    Raises:
+        FolderError: another process has them.
+    """
+    with log.open("a") as results:
+        try:
+            fcntl.flock(results, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderError(f"another process is drawing into {log.parent}; wait, or choose another --out") from None
+        if not (log.read_bytes() or b"\n").endswith(b"\n"):
+            results.write("\n")
+        yield results
+
+
+def setting_of(
+    pipe: Any, model: str, prompts: Sequence[Prompt], controls: Sequence[str], **numbers: float
+) -> dict[str, Any]:
+    """All that decides results. Batch and threads are in it because the last bits of pictures depend on them."""
+    return {
+        "model": model,
+        "weights": weights_hash(pipe),
+        "judge": sha256((judge.SHIPPED / "judge.safetensors").read_bytes()).hexdigest(),
+        "prompts": sha256("\n".join(prompt.text for prompt in prompts).encode()).hexdigest(),
+        **numbers,
+        "threads": torch.get_num_threads(),
+        "versions": installed_versions(),
+        "conditions": {name: [repr(control) for control in CONDITIONS[name](prompts[:1])] for name in controls},
+    }
+
+
+def flat(setting: dict[str, Any]) -> dict[str, Any]:
+    """{"versions": {"torch": ...}} as {"versions.torch": ...}."""
+    parts = ((name, value if isinstance(value, dict) else {"": value}) for name, value in setting.items())
+    return {f"{name}.{key}".rstrip("."): value for name, inside in parts for key, value in inside.items()}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Which settings differ, as "steps 20, now 30"; a condition that is new does not."""
+    was, now = flat(old), flat(new)
+    compared = [name for name in now if name in was or not name.startswith("conditions.")]
+    return [
+        f"{name} {was.get(name, 'not recorded')}, now {now[name]}" for name in compared if was.get(name) != now[name]
+    ]
+
+
+def agree(note: Path, log: Path, setting: dict[str, Any]) -> None:
+    """Write the setting down, beside the conditions that were drawn before.
+
+    Raises:
+        FolderError: the results that are there were drawn under other settings.
+    """
+    try:
+        old = json.loads(note.read_text()) if log.stat().st_size else setting
+    except (FileNotFoundError, ValueError):
+        old = {}
+    if changed := differences(old, setting):
+        raise FolderError(f"{note.parent} holds results of other settings ({'; '.join(changed)}); choose another --out")
+    write(note, json.dumps(setting | {"conditions": old.get("conditions", {}) | setting["conditions"]}, indent=1))
 
 
 def draw(pipe: Any, controls: list[Control], texts: list[str], seeds: list[int], steps: int, guidance: float) -> Any:
@@ -126,6 +206,12 @@ def draw(pipe: Any, controls: list[Control], texts: list[str], seeds: list[int],
     arguments = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generators}
     with attnctl.attach(pipe, *controls):
         return pipe(texts, **arguments).images
+
+
+def draw_batch(pipe: Any, prompts: Sequence[Prompt], group: Sequence[Case], steps: int, guidance: float) -> Any:
+    asked = [prompts[case.prompt] for case in group]
+    seeds = [1000 * case.seed + case.prompt for case in group]
+    return draw(pipe, CONDITIONS[group[0].condition](asked), [prompt.text for prompt in asked], seeds, steps, guidance)
 
 
 def judged(prompt: Prompt, reading: judge.Reading) -> dict[str, Any]:
@@ -171,22 +257,31 @@ def summary(prompts: Sequence[Prompt], cases: Sequence[Case], done: dict[str, An
 
 
 def show(table: dict[str, Any], console: Console) -> None:
-    conditions = list(table["all"]["both present"])
-    page = Table(title="rates with 95 % intervals; against the first condition: paired difference, repaired, broken")
-    for column in ("prompts", "measure", *conditions, *(f"{name} against {conditions[0]}" for name in conditions[1:])):
-        page.add_column(column)
+    """A block of rows for each group of prompts; each condition stands under the first, which it is compared with."""
+    title = "rates and paired differences to the first condition, with 95 % intervals"
+    page = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("", "condition", "right", "difference", "repaired", "broken"):
+        page.add_column(column, no_wrap=True)
     for group, measures in table.items():
+        page.add_section()
+        page.add_row(f"[bold]{group}[/bold]")
         for measure, row in measures.items():
-            cells = [str(Rate(*(row[name][key] for key in ("value", "low", "high", "n")))) for name in conditions]
-            for name in conditions[1:]:
-                change = row[name]["against " + conditions[0]]
-                interval = f"{change['difference']:+.1%} [{change['low']:+.1%}, {change['high']:+.1%}]"
-                parts = (
-                    f"{kind} {change[kind]['value']:.0%} of {change[kind]['n']}" for kind in ("repaired", "broken")
-                )
-                cells.append(", ".join((interval, *parts)))
-            page.add_row(group, measure, *cells)
-    console.print(page)
+            for name, found in row.items():
+                change = next((value for key, value in found.items() if key.startswith("against")), None)
+                page.add_row("" if change else measure, name, between(found), *(compared(change) if change else ()))
+    Console(width=max(WIDTH, console.width)).print(page)  # rather wrapped by a narrow terminal than cut short
+
+
+def between(found: dict[str, float]) -> str:
+    """75.4% (72-79)"""
+    return f"{found['value']:.1%} ({100 * found['low']:.0f}-{100 * found['high']:.0f})"
+
+
+def compared(change: dict[str, Any]) -> tuple[str, ...]:
+    """+12.9 (+9 to +17), 79% of 136, 9% of 416"""
+    points = [100 * change[key] for key in ("difference", "low", "high")]
+    counts = (f"{change[kind]['value']:.0%} of {change[kind]['n']}" for kind in ("repaired", "broken"))
+    return "{:+.1f} ({:+.0f} to {:+.0f})".format(*points), *counts
 
 
 def contact_sheet(prompts: Sequence[Prompt], cases: Sequence[Case], done: dict[str, Any], folder: Path) -> Image.Image:
@@ -220,12 +315,17 @@ def write(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
-app = typer.Typer(add_completion=False)
+def save(image: Image.Image, path: Path) -> None:
+    beside = path.with_suffix(".partial")
+    image.save(beside, format="PNG")
+    os.replace(beside, path)
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command(help=__doc__)
 def main(
-    more: Annotated[list[str] | None, typer.Argument(metavar="", hidden=True)] = None,
     controls: Annotated[
         list[str],
         typer.Option(metavar="NAME...", help=f"Conditions, the first the baseline: {', '.join(CONDITIONS)}."),
@@ -243,55 +343,66 @@ def main(
         bool, typer.Option("--subset", help="24 fixed prompts, one seed: about two minutes.")
     ] = False,
 ) -> None:
-    console, controls = Console(), [*controls, *(more or [])]  # click gives an option one value, the rest come apart
     if unknown := [name for name in controls if name not in CONDITIONS]:
         raise typer.BadParameter(f"no condition {unknown[0]!r}; there are {', '.join(CONDITIONS)}")
-    prompts, pipe, eye = benchmark(), attnctl.load(model), judge.load()
+    command.check_writable(out)
+    console, prompts, pipe, eye = Console(), benchmark(), attnctl.load(model), judge.load()
     pipe.set_progress_bar_config(disable=True)
     if guidance is None:
         guidance = float(USUAL.get(model, {}).get("guidance", 7.5))
     picked, seeds = (subset(prompts), 1) if subset_only else (list(range(len(prompts))), seeds)
-    picked = [k for k in picked if k in set(half(prompts, prompts_of))]
-    cases = [Case(k, seed, name) for name in dict.fromkeys(controls) for seed in range(seeds) for k in picked]
+    chosen = set(half(prompts, prompts_of))
+    picked = [k for k in picked if k in chosen]
+    controls = list(dict.fromkeys(controls))
+    cases = [Case(k, seed, name) for name in controls for seed in range(seeds) for k in picked]
 
-    setting = {"model": model, "weights": weights_hash(pipe), "steps": steps, "guidance": guidance}
-    setting["judge"] = sha256((judge.SHIPPED / "judge.safetensors").read_bytes()).hexdigest()
-    folder = out / "pictures"
+    setting = setting_of(pipe, model, prompts, controls, steps=steps, guidance=guidance, batch=batch)
+    folder, log = out / "pictures", out / "results.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
-    note, log = out / "setting.json", out / "results.jsonl"
-    if note.exists() and json.loads(note.read_text()) != setting:
-        raise typer.BadParameter(f"{out} holds results of another setting: {note.read_text()}; choose another --out")
-    write(note, json.dumps(setting))
-    done = read_done(log)
-    todo = [case for case in cases if case.name not in done]
-    if len(todo) < len(cases):
-        console.print(f"going on: {len(cases) - len(todo)} of {len(cases)} pictures are there")
+    with opened(log) as results:
+        agree(out / "setting.json", log, setting)
+        done = read_done(log, folder)
+        missing = sum(case.name not in done for case in cases)
+        if missing < len(cases):
+            console.print(f"going on: {len(cases) - missing} of {len(cases)} pictures are there")
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bar, log.open("a") as results:
-        line = bar.add_task("drawing", total=len(cases), completed=len(cases) - len(todo))
-        for group in batches(todo, batch):
-            bar.update(line, description=group[0].condition)
-            asked = [prompts[case.prompt] for case in group]
-            seeds_of = [1000 * case.seed + case.prompt for case in group]
-            controls_of = CONDITIONS[group[0].condition](asked)
-            images = draw(pipe, controls_of, [prompt.text for prompt in asked], seeds_of, steps, guidance)
-            for case, prompt, image, reading in zip(group, asked, images, eye.read(images), strict=True):
-                image.save(folder / f"{case.name}.png")
-                done[case.name] = {"case": case.name} | judged(prompt, reading)
-                results.write(json.dumps(done[case.name]) + "\n")
-            results.flush()
-            bar.advance(line, len(group))
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+            line = bar.add_task("drawing", total=len(cases), completed=len(cases) - missing)
+            for group in unfinished(cases, done, batch):
+                bar.update(line, description=group[0].condition)
+                images = draw_batch(pipe, prompts, group, steps, guidance)
+                for case, image, reading in zip(group, images, eye.read(images), strict=True):
+                    if case.name not in done:
+                        save(image, folder / f"{case.name}.png")
+                        done[case.name] = {"case": case.name} | judged(prompts[case.prompt], reading)
+                        results.write(json.dumps(done[case.name]) + "\n")
+                        bar.advance(line)
+                results.flush()
 
-    table = summary(prompts, cases, done)
-    write(
-        out / "effect.json",
-        json.dumps({"setting": setting, "seeds": seeds, "half": prompts_of, "rates": table}, indent=1),
-    )
-    contact_sheet(prompts, cases, done, folder).save(out / "sheet.png")
+        table = summary(prompts, cases, done)
+        found = {"setting": setting, "seeds": seeds, "half": prompts_of, "rates": table}
+        write(out / "effect.json", json.dumps(found, indent=1))
+        contact_sheet(prompts, cases, done, folder).save(out / "sheet.png")
     show(table, console)
     console.print(f"{out / 'effect.json'}\n{out / 'sheet.png'}")
 
 
+def repeated(words: Sequence[str]) -> list[str]:
+    """`--controls one two` as click takes it: `--controls one --controls two`."""
+    spread, within = list[str](), False
+    for before, word in zip(["", *words], words, strict=False):
+        if word.startswith("-"):
+            within = word.split("=")[0] == "--controls"
+        elif within and before != "--controls":
+            spread.append("--controls")
+        spread.append(word)
+    return spread
+
+
+def run() -> NoReturn:
+    command.run(app, "effect", repeated(sys.argv[1:]))
+
+
 if __name__ == "__main__":
-    app()
+    run()

@@ -5,6 +5,7 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -33,7 +34,7 @@ def _clip(width: int, projection: bool = False) -> Any:
     """A text encoder of true width and one layer: its time is not what is measured."""
     config = CLIPTextConfig(
         vocab_size=len(build_tokenizer()), hidden_size=width, intermediate_size=width, projection_dim=width,
-        num_hidden_layers=1, num_attention_heads=8,
+        num_hidden_layers=1, num_attention_heads=8, bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
@@ -62,7 +63,8 @@ def sd15() -> Any:
     """The UNet of Stable Diffusion 1.5: 860 M parameters."""
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).eval()
     return StableDiffusionPipeline(
-        unet=unet, vae=_vae(4), text_encoder=_clip(768), tokenizer=build_tokenizer(), scheduler=DDIMScheduler(),
+        unet=unet, vae=_vae(4), text_encoder=_clip(768), tokenizer=build_tokenizer(),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 
@@ -99,7 +101,8 @@ MODELS: dict[str, tuple[Callable[[], Any], int, int]] = {
 
 def build(name: str) -> Callable[[], None]:
     """A function that draws once, from the same noise each time; `.pipe` is the pipeline it draws with."""
-    diffusers.utils.logging.set_verbosity_error()
+    for quiet in (diffusers, transformers):
+        quiet.utils.logging.set_verbosity_error()
     torch.manual_seed(0)
     make, side, steps = MODELS[name]
     pipe = make()

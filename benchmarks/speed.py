@@ -86,14 +86,15 @@ def timed(run: Callable[[], None], around: AbstractContextManager[Any]) -> float
 
 
 def measure(name: str, topic: str, repeats: int, bar: Progress) -> dict[str, Any]:
-    """Plain and each setting in turn, `repeats` times; each ratio is to the plain run just before."""
+    """Plain and each setting in turn, `repeats` times, each time in another order; ratios are within a round."""
     run = build(name)
     pipe = run.pipe  # type: ignore[attr-defined]
     settings = TOPICS[topic]
     line = bar.add_task(f"{topic}: {name}", total=repeats + 1)
     times: dict[str, list[float]] = {setting: [] for setting in ("plain", *settings)}
     for repeat in range(repeats + 1):
-        for setting in times:
+        shift = repeat % len(times)  # who comes after whom must not matter
+        for setting in [*times][shift:] + [*times][:shift]:
             around = nullcontext() if setting == "plain" else settings[setting](pipe)
             seconds = timed(run, around)
             if repeat:  # the first round warms up
@@ -126,12 +127,12 @@ def main(
         found = [measure(name, topic, repeats, bar) for name in model for topic in topics]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"machine": machine(), "measured": found}, indent=1))
-    table = Table("model", "setting", "time / plain", title=f"medians of {repeats} alternating rounds, {machine()}")
+    table = Table("model", "setting", "time / plain", title=f"medians of {repeats} alternating rounds")
     for row in found:
         table.add_row(row["model"], "plain", f"{row['plain']:.2f} s")
         for setting, ratio in row["ratios"].items():
             table.add_row("", setting, f"{ratio:.3f}")
-    Console().print(table)
+    Console().print(table, f"{machine()}", str(out), sep="\n")
 
 
 if __name__ == "__main__":

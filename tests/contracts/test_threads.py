@@ -127,3 +127,86 @@ def test_one_thread_after_another_is_fine():
         (first,) = together(cancelled)
         (second,) = together(lambda: tiny.draw(pipe))
     assert isinstance(first, RuntimeError) and torch.equal(second, plain)
+
+
+def by_hand(pipe, steps=2):
+    """A loop that asks the pipeline for nothing, so nobody sees it begin."""
+    pipe.scheduler.set_timesteps(steps)
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    words = torch.randn(1, 5, pipe.unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for t in pipe.scheduler.timesteps:
+            x = pipe.scheduler.step(pipe.unet(x, t, words).sample, t, x).prev_sample
+    return x
+
+
+def raised(pipe):
+    """A call that ends half-way by an exception."""
+
+    def stop(*args):
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        tiny.draw(pipe, steps=2, callback_on_step_end=stop)
+
+
+@pytest.mark.parametrize("again", [by_hand, tiny.draw])
+def test_a_thread_whose_call_ended_half_way_may_draw_again_after_another(again):
+    pipe = tiny.sd1()
+    plain = again(pipe)
+    ended, taken = threading.Event(), threading.Event()
+
+    def first():
+        raised(pipe)
+        ended.set()
+        taken.wait(60)
+        return again(pipe)
+
+    def second():
+        ended.wait(60)
+        try:
+            return tiny.draw(pipe)
+        finally:
+            taken.set()
+
+    with attach(pipe, Control()):
+        drawn, _ = together(first, second)
+    assert torch.equal(drawn, plain)
+
+
+def test_while_the_other_draws_a_loop_by_hand_is_still_an_error():
+    pipe = tiny.sd1()
+    plain = tiny.draw(pipe)
+    ended, meet = threading.Event(), Meet()
+
+    def first():
+        raised(pipe)
+        ended.set()
+        meet.inside.wait(60)
+        try:
+            return by_hand(pipe)
+        finally:
+            meet.tried.set()
+
+    def second():
+        ended.wait(60)
+        with attach(pipe, meet):
+            return tiny.draw(pipe)
+
+    with attach(pipe, Control()):
+        error, drawn = together(first, second)
+    assert isinstance(error, BusyError) and torch.equal(drawn, plain)
+
+
+def test_a_loop_by_hand_that_was_overtaken_is_told():
+    """It may have been going on, so this cannot be forgiven: its scheduler and its run are the other's now."""
+    pipe = tiny.sd1()
+
+    def first():
+        pipe.encode_prompt(tiny.TEXT, "cpu", 1, False)  # a loop begins
+        together(lambda: tiny.draw(pipe))
+        return by_hand(pipe)
+
+    with attach(pipe, Control()):
+        (error,) = together(first)
+    assert isinstance(error, BusyError)

@@ -8,15 +8,9 @@ from PIL import Image, ImageFilter
 
 from attnctl.glyph import judge as judges
 from attnctl.glyph.judge import Judge, Reading, Seen, box_of, load
-from attnctl.glyph.scenes import font_path
 from attnctl.glyph.words import CONCEPTS, Prompt
 
-try:
-    font_path()
-    has_font = True
-except FileNotFoundError:
-    has_font = False
-drawn = pytest.mark.skipif(not has_font, reason="NotoColorEmoji.ttf is missing: apt-get install fonts-noto-color-emoji")
+drawn = pytest.mark.usefixtures("font")
 
 DATA = Path(__file__).parent / "data"
 SCENES: dict[

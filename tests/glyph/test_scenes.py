@@ -8,12 +8,7 @@ from attnctl.glyph import scenes
 from attnctl.glyph.scenes import Renderer, Scene, caption, font_path
 from attnctl.glyph.words import ANIMALS, COLOURS, CONCEPTS, OBJECTS, WORN, is_held_out
 
-try:
-    font_path()
-    has_font = True
-except FileNotFoundError:
-    has_font = False
-drawn = pytest.mark.skipif(not has_font, reason="NotoColorEmoji.ttf is missing: apt-get install fonts-noto-color-emoji")
+drawn = pytest.mark.usefixtures("font")
 
 
 @pytest.fixture(scope="module")

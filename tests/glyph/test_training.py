@@ -1,5 +1,10 @@
-"""The training loop resumes exactly, its optimiser is what it says, and grounding speaks of the right tokens."""
+"""The training loop resumes exactly, its optimiser is what it says, grounding speaks of the right tokens, and misuse
+is told in one line before anything is drawn."""
 
+import json
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,11 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attnctl.glyph.scenes import Scene, Thing
+from attnctl.glyph import scenes
+from attnctl.glyph.scenes import Renderer, Scene, Thing
 from attnctl.glyph.tokenizer import build_tokenizer
+from attnctl.glyph.train import __main__ as program
+from attnctl.glyph.train import autoencoder
 from attnctl.glyph.train.grounding import coverage, grounding_loss, map_test, owners
-from attnctl.glyph.train.loop import Settings, train, warmth
+from attnctl.glyph.train.loop import CheckpointError, Settings, train, warmth
 from attnctl.glyph.train.muon import Muon, orthogonal
+from attnctl.loading import MODELS
 
 
 class Line:
@@ -56,6 +65,40 @@ def test_a_run_that_is_there_is_neither_overwritten_nor_invented(tmp_path: Path)
     trained(tmp_path)
     with pytest.raises(FileExistsError, match="--resume"):
         trained(tmp_path)
+
+
+def test_a_run_goes_on_with_its_own_settings_alone(tmp_path: Path) -> None:
+    task: dict[str, object] = {"scenes": 4, "vae": None}
+    trained(tmp_path, task=task)
+    told = r"checkpoint\.pt was made with scenes 4, not 5; seed 0, not 1; rate 0\.02, not 0\.03: --resume"
+    with pytest.raises(CheckpointError, match=told):
+        trained(tmp_path, resume=True, seed=1, rate=0.03, task=task | {"scenes": 5})
+    trained(tmp_path, resume=True, steps=14, minutes=5, every=7, task=task)
+    assert torch.load(tmp_path / "checkpoint.pt")["step"] == 14
+
+
+def test_an_older_checkpoint_without_settings_is_taken_and_gets_them(tmp_path: Path) -> None:
+    trained(tmp_path)
+    state = torch.load(tmp_path / "checkpoint.pt")
+    del state["made_with"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    trained(tmp_path, resume=True, steps=13, task={"scenes": 4})
+    assert torch.load(tmp_path / "checkpoint.pt")["made_with"]["scenes"] == 4
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
+    trained(tmp_path)
+    other = Line()
+    other.network = nn.Sequential(nn.Linear(3, 1))
+    with pytest.raises(CheckpointError, match="of another network"):
+        train(other, Settings(tmp_path, steps=13, rate=0.02, small_rate=0.01, resume=True))
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 cut"])
+def test_a_broken_checkpoint_is_told(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match="cut short or no checkpoint"):
+        trained(tmp_path, resume=True)
 
 
 def test_the_rate_rises_stays_and_falls() -> None:
@@ -144,3 +187,118 @@ def test_the_map_test_tells_own_from_other() -> None:
     found = map_test([maps], owner, nouns, masks)
     assert found.pointing == 0.5
     assert found.share == pytest.approx((1 + 0.25) / 2)
+
+
+# --- misuse of the command line ---------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+VAE = MODELS / "glyph-sd" / "vae"
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Refused:
+    """refused("sd", "--scenes", 0) -> the one line on stderr; nothing may be drawn or trained."""
+
+    def work(*args: object, **options: object) -> None:
+        raise AssertionError("work has begun")
+
+    for owner, name in ((Renderer, "scene"), (Renderer, "render"), (autoencoder, "strangers"), (program, "train")):
+        monkeypatch.setattr(owner, name, work)
+
+    def refused(*words: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["train", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            program.main()
+        out, err = capfd.readouterr()
+        assert (stop.value.code, out, err.count("\n")) == (2, "", 1), err
+        return err
+
+    return refused
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder of a misuse, with things that are not what is asked for."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("a file")
+    for name in ("empty", "started", "broken", "other", "pipeline", "glyph"):
+        (tmp_path / name).mkdir()
+    for name in ("started", "broken"):
+        (tmp_path / name / "checkpoint.pt").write_text("no archive")
+    made_with = {"model": "sd", "scenes": 8, "grounding": 0.5, "batch": 32, "vae": "0" * 12, "seed": 3, "rate": 0.01}
+    other = {"network": {}, "average": {}, "optimisers": [], "step": 5, "made_with": made_with}
+    torch.save(other, tmp_path / "other" / "checkpoint.pt")
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    (tmp_path / "glyph" / "model_index.json").write_text("{}")
+    (tmp_path / "glyph" / "training.json").write_text(json.dumps({"steps": 1}))
+    return tmp_path
+
+
+MISUSES = {
+    "paint": "No such command 'paint'",
+    "autoencoder --minutes -1": "'--minutes'",
+    "sd --minutes inf": "'--minutes': inf is no finite number",
+    "sd --scenes 0": "'--scenes'",
+    "autoencoder --scenes -4": "'--scenes'",
+    "judge --pictures 1": "'--pictures'",
+    "judge --steps 0": "'--steps'",
+    "judge --seed -1": "'--seed'",
+    f"judge --seed {2**63}": "'--seed'",
+    "sd --rate 0": "'--rate': 0 is not above 0",
+    "sd --rate nan": "'--rate': nan is no finite number",
+    "sd --grounding -0.1": "'--grounding'",
+    "score --scale -1": "'--scale'",
+    "score --scale 3 --scale inf": "'--scale': inf is no finite number",
+    "autoencoder --device foo": "device 'foo' cannot be used here",
+    "autoencoder --device meta": "device 'meta' cannot be used here",
+    "judge --device cuda:99": "device 'cuda:99' cannot be used here",
+    "autoencoder --out file": "--out file: file is a file, not a folder",
+    "judge --out file/deep": "file is a file, not a folder",
+    "judge --out /proc/nothing": "--out /proc/nothing: /proc cannot be written",
+    "autoencoder --out empty --resume": "nothing to resume: empty/checkpoint.pt does not exist",
+    "autoencoder --out nowhere --resume": "nothing to resume: nowhere/checkpoint.pt does not exist",
+    "judge --out started": "started/checkpoint.pt exists: pass --resume to go on with it, or another --out",
+    "judge --out broken --resume": "broken/checkpoint.pt is cut short or no checkpoint of a training",
+    "sd --vae nowhere/vae": "--vae: nowhere/vae is no folder",
+    "sd --vae stabilityai/sd-vae-ft-mse": "--vae: stabilityai/sd-vae-ft-mse is no folder",
+    "sd --vae file": "--vae: file is no folder",
+    "judge --vae empty": "--vae: empty holds no autoencoder",
+    "sd --vae {vae}/../unet": "holds no autoencoder",
+    "sd --vae {vae} --device foo": "device 'foo' cannot be used here",
+    "score nowhere": "nowhere is no folder",
+    "score file": "file is no folder",
+    "score glyph-sd": "glyph-sd is no folder",
+    "score empty": "empty/model_index.json is missing",
+    "score pipeline": "pipeline is no glyph pipeline: its training.json is missing",
+    "score glyph": "glyph is no glyph pipeline: its training.json is missing or not what `sd` writes",
+}
+
+
+@pytest.mark.parametrize("words", MISUSES)
+def test_misuse_is_told_in_one_line_before_any_work(refused: Refused, places: Path, words: str) -> None:
+    assert MISUSES[words] in refused(*words.format(vae=VAE).split())
+    assert not (places / "nowhere").exists()
+
+
+def test_resuming_with_other_settings_names_each(refused: Refused, places: Path) -> None:
+    line = refused("sd", "--vae", VAE, "--out", "other", "--resume", "--scenes", 9, "--seed", 3, "--rate", 0.01)
+    assert "other/checkpoint.pt was made with scenes 8, not 9; grounding 0.5, not 0.05; vae 000000000000, not " in line
+    assert "seed" not in line
+    assert "model sd, not judge" in refused("judge", "--out", "other", "--resume")
+
+
+def test_a_missing_font_is_told_before_training(
+    refused: Refused, places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scenes, "_FONT_PLACES", ())
+    monkeypatch.setattr(scenes.shutil, "which", lambda _: None)
+    for words in (["autoencoder"], ["judge"], ["sd", "--vae", VAE], ["score", VAE.parent]):
+        assert "apt-get install fonts-noto-color-emoji" in refused(*words)
+
+
+def test_the_module_is_the_program() -> None:
+    command = [sys.executable, "-m", "attnctl.glyph.train", "sd", "--vae", VAE, "--device", "foo"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith("python -m attnctl.glyph.train: device 'foo' cannot be used here")

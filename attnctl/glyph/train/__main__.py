@@ -1,29 +1,75 @@
 """python -m attnctl.glyph.train: draws scenes, trains, and writes what attnctl ships."""
 
 import json
+from math import isfinite
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from attnctl.glyph.train.loop import Settings, train
+from attnctl.command import UsageError, check_writable, run
+from attnctl.glyph.scenes import font_path
+from attnctl.glyph.train.loop import Settings, read_checkpoint, train
+from attnctl.loading import ModelError, load_autoencoder, quiet, usable_device
+from attnctl.recipe import modules_hash
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+
+def main() -> None:
+    """The whole program."""
+    run(app, "python -m attnctl.glyph.train")
 
 
 @app.callback()
-def main() -> None:
+def _options() -> None:
     """Keeps the model's name an argument, however many there are."""
 
 
+def _finite(value: float) -> float:
+    if not isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number.")
+    return value
+
+
+def _all_finite(values: list[float]) -> list[float]:
+    return [_finite(value) for value in values]
+
+
+def _positive(value: float) -> float:
+    if _finite(value) <= 0:
+        raise typer.BadParameter(f"{value:g} is not above 0.")
+    return value
+
+
 Out = Annotated[Path, typer.Option(help="Folder for checkpoints, reports and the result.")]
-Steps = Annotated[int, typer.Option(help="Length of the whole run; a finished run can be resumed with more.")]
-Minutes = Annotated[float, typer.Option(help="Stop, with a checkpoint, after so many minutes; 0: run to the end.")]
+Steps = Annotated[int, typer.Option(min=1, help="Length of the whole run; a finished run can be resumed with more.")]
+Minutes = Annotated[
+    float,
+    typer.Option(min=0, callback=_finite, help="Stop, with a checkpoint, after so many minutes; 0: run to the end."),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out, exactly.")]
-Seed = Annotated[int, typer.Option(help="Seed of scenes, weights and noise.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**40, help="Seed of scenes, weights and noise.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
-Rate = Annotated[float, typer.Option(help="Peak learning rate of matrices (Muon).")]
-Scenes = Annotated[int, typer.Option(help="Scenes drawn for training.")]
+Rate = Annotated[float, typer.Option(callback=_positive, help="Peak learning rate of matrices (Muon).")]
+Scenes = Annotated[int, typer.Option(min=1, help="Scenes drawn for training.")]
+Scales = Annotated[list[float], typer.Option(min=0, callback=_all_finite, help="Guidance scales to sweep.")]
+
+
+def _check(settings: Settings, device: str) -> None:
+    """Refuse what cannot be trained, before the first scene is drawn."""
+    usable_device(device)
+    check_writable(settings.out)
+    read_checkpoint(settings)
+    font_path()
+
+
+def _weights(vae: Path) -> str:
+    """The weights of an autoencoder, told from others wherever they lie."""
+    try:
+        return modules_hash({"vae": load_autoencoder(vae)})[:12]
+    except ModelError as error:
+        raise UsageError(f"--vae: {error}") from error
 
 
 @app.command()
@@ -38,9 +84,13 @@ def autoencoder(
     scenes: Scenes = 4000,
 ) -> None:
     """The autoencoder, on crops; writes OUT/vae."""
-    from attnctl.glyph.train.autoencoder import Autoencoding
+    from attnctl.glyph.train.autoencoder import BATCH, Autoencoding
 
-    settings = Settings(out, steps, rate, small_rate=2e-3, seed=seed, minutes=minutes, resume=resume, every=250)
+    task = {"model": "autoencoder", "scenes": scenes, "batch": BATCH}
+    settings = Settings(
+        out, steps, rate, small_rate=2e-3, seed=seed, minutes=minutes, resume=resume, every=250, task=task
+    )
+    _check(settings, device)
     train(Autoencoding(scenes, seed, device), settings)
 
 
@@ -55,12 +105,17 @@ def sd(
     device: Device = "cpu",
     rate: Rate = 6e-3,
     scenes: Scenes = 20_000,
-    grounding: Annotated[float, typer.Option(help="Weight of the grounding loss; 0 leaves it out.")] = 0.05,
+    grounding: Annotated[
+        float, typer.Option(min=0, callback=_finite, help="Weight of the grounding loss; 0 leaves it out.")
+    ] = 0.05,
 ) -> None:
     """The Stable Diffusion pipeline; writes OUT/glyph-sd."""
-    from attnctl.glyph.train.sd import Denoising
+    with quiet():
+        from attnctl.glyph.train.sd import BATCH, Denoising
 
-    settings = Settings(out, steps, rate, seed=seed, minutes=minutes, resume=resume)
+    task = {"model": "sd", "scenes": scenes, "grounding": grounding, "batch": BATCH, "vae": _weights(vae)}
+    settings = Settings(out, steps, rate, seed=seed, minutes=minutes, resume=resume, task=task)
+    _check(settings, device)
     train(Denoising(vae, scenes, seed, device, out, grounding), settings)
 
 
@@ -73,20 +128,22 @@ def judge(
     seed: Seed = 0,
     device: Device = "cpu",
     rate: Rate = 6e-3,
-    pictures: Annotated[int, typer.Option(help="Pictures drawn for training.")] = 24_000,
+    pictures: Annotated[int, typer.Option(min=2, help="Pictures drawn for training.")] = 24_000,
     vae: Annotated[Path | None, typer.Option(help="Pass half of the pictures through this autoencoder.")] = None,
 ) -> None:
     """The judge; writes OUT/judge and prints its scores on held-out pictures."""
-    from attnctl.glyph.train.judge import Judging
+    from attnctl.glyph.train.judge import BATCH, Judging
 
-    settings = Settings(out, steps, rate, seed=seed, minutes=minutes, resume=resume, average=0.995)
+    task = {"model": "judge", "pictures": pictures, "batch": BATCH, "vae": _weights(vae) if vae else None}
+    settings = Settings(out, steps, rate, seed=seed, minutes=minutes, resume=resume, average=0.995, task=task)
+    _check(settings, device)
     train(Judging(pictures, seed, device, out, vae), settings)
 
 
 @app.command()
 def score(
     folder: Annotated[Path, typer.Argument(help="A glyph pipeline.")] = Path("runs/sd/glyph-sd"),
-    scale: Annotated[list[float], typer.Option(help="Guidance scales to sweep.")] = [2.0, 3.0, 4.0, 5.0, 7.5],  # noqa: B006
+    scale: Scales = [2.0, 3.0, 4.0, 5.0, 7.5],  # noqa: B006
     seed: Seed = 0,
 ) -> None:
     """Judges a trained pipeline and writes its model card: things, colours, pairs, and word maps on their things."""
@@ -96,4 +153,4 @@ def score(
 
 
 if __name__ == "__main__":
-    app()
+    main()

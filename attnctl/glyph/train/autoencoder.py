@@ -17,6 +17,7 @@ from attnctl.glyph.train.loop import Losses
 
 CHANNELS = 12
 CROP = 64
+BATCH = 12
 
 
 def new() -> AutoencoderKL:
@@ -96,7 +97,7 @@ class Autoencoding:
         torch.manual_seed(seed)
         self.network: Any = new().to(device).to(memory_format=torch.channels_last)
 
-    def loss(self, step: int, rng: torch.Generator, batch: int = 12) -> Losses:
+    def loss(self, step: int, rng: torch.Generator, batch: int = BATCH) -> Losses:
         which = torch.randint(len(self.images), (batch,), generator=rng).tolist()
         corners = torch.randint(SIDE - CROP + 1, (batch, 2), generator=rng).tolist()
         crops = [self.images[k][y : y + CROP, x : x + CROP] for k, (y, x) in zip(which, corners, strict=True)]

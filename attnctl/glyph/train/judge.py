@@ -18,9 +18,11 @@ from attnctl.glyph.scenes import Thing
 from attnctl.glyph.train.examples import KINDS, NONE, Easel, Example, jpeg
 from attnctl.glyph.train.loop import Losses
 from attnctl.glyph.words import COLOURS, CONCEPTS
+from attnctl.loading import load_autoencoder
 
 SLOTS = 4  # things in a picture, at most
 WIDTH = 24
+BATCH = 32
 SHIFT = 2  # cells of the masks
 THRESHOLD = 0.5  # of the probability that a concept is there; trained by cross-entropy, it needs no other
 COLOUR_NAMES = list(COLOURS)
@@ -69,7 +71,7 @@ class Judging:
     """Cross-entropies: of presence, of masks, and of the colours of tinted things."""
 
     def __init__(
-        self, pictures: int, seed: int, device: str, cache: Path, vae: Path | None = None, batch: int = 32
+        self, pictures: int, seed: int, device: str, cache: Path, vae: Path | None = None, batch: int = BATCH
     ) -> None:
         self.device, self.batch, self.seed, self.step, self.pictures = device, batch, seed, 0, pictures
         self.redrawn = vae is not None
@@ -186,9 +188,7 @@ class Judging:
 @torch.no_grad()
 def _redrawn(images: list[Image.Image], vae: Path, device: str) -> list[Image.Image]:
     """The pictures as the autoencoder gives them back."""
-    from diffusers import AutoencoderKL
-
-    model = AutoencoderKL.from_pretrained(vae).to(device).eval()
+    model = load_autoencoder(vae).to(device).eval()
     values = pixels(np.stack([np.asarray(image) for image in images])).to(device)
     again = model.decode(model.encode(values).latent_dist.mode()).sample
     again = ((again.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()

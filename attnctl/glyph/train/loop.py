@@ -2,19 +2,28 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from attnctl.errors import AttnctlError
 from attnctl.glyph.train.muon import Muon
 
 Losses = dict[str, Tensor]
+
+
+class CheckpointError(AttnctlError):
+    """A checkpoint that cannot be read, or that another run has written."""
+
+
+class DivergedError(AttnctlError, FloatingPointError):
+    """The loss is no number any more."""
 
 
 class Task(Protocol):
@@ -38,6 +47,7 @@ class Settings:
     """steps: length of the whole run. minutes: stop, with a checkpoint, after so long; 0 never stops early.
 
     rate: peak learning rate of matrices and kernels, by Muon. small_rate: that of vectors and embeddings, by Adam.
+    task: the settings of the task, as far as they determine the run.
     """
 
     out: Path
@@ -50,6 +60,16 @@ class Settings:
     every: int = 500
     average: float = 0.999
     ease: float = 0.3  # last part of the run in which the learning rate falls linearly to almost nothing
+    task: Mapping[str, object] = field(default_factory=dict)
+
+    def determining(self) -> dict[str, object]:
+        """All that a run depends on, but its length: only with the same can it go on exactly."""
+        loop = {name: getattr(self, name) for name in ("seed", "rate", "small_rate", "average", "ease")}
+        return {**self.task, **loop}
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.out / "checkpoint.pt"
 
 
 def warmth(step: int, settings: Settings) -> float:
@@ -90,35 +110,83 @@ def save_atomically(state: object, path: Path) -> None:
     os.replace(beside, path)
 
 
+def read_checkpoint(settings: Settings) -> dict[str, Any] | None:
+    """What a run goes on from, on the CPU; None for one that starts.
+
+    Raises:
+        FileExistsError: there is a checkpoint, but no `resume`.
+        FileNotFoundError: it is the other way round.
+        CheckpointError: it cannot be read, or was made with other settings.
+    """
+    path = settings.checkpoint
+    if path.exists() != settings.resume:
+        if settings.resume:
+            raise FileNotFoundError(f"nothing to resume: {path} does not exist")
+        raise FileExistsError(f"{path} exists: pass --resume to go on with it, or another --out")
+    if not settings.resume:
+        return None
+    state = _loaded(path)
+    _check_same(settings.determining(), state.get("made_with", {}), path)
+    return state
+
+
+def _loaded(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # what torch raises for a broken file is not a closed set
+            raise CheckpointError(f"{path} is cut short or no checkpoint of a training") from error
+    if not isinstance(state, dict) or not {"network", "average", "optimisers", "step"} <= set(state):
+        raise CheckpointError(f"{path} is no checkpoint of a training")
+    return state
+
+
+def _check_same(wanted: Mapping[str, object], made_with: Mapping[str, object], path: Path) -> None:
+    """Compares what both name: older checkpoints know fewer settings, or none."""
+    other = [
+        f"{name} {made_with[name]}, not {value}"
+        for name, value in wanted.items()
+        if name in made_with and made_with[name] != value
+    ]
+    if other:
+        raise CheckpointError(
+            f"{path} was made with {'; '.join(other)}: --resume goes on with the settings of the checkpoint alone"
+        )
+
+
+def _restore(
+    state: dict[str, Any], network: nn.Module, average: nn.Module, optimisers: tuple[torch.optim.Optimizer, ...]
+) -> int:
+    """Puts all back as it was, and returns the number of steps done."""
+    network.load_state_dict(state["network"])
+    average.load_state_dict(state["average"])
+    for optimiser, own in zip(optimisers, state["optimisers"], strict=True):
+        optimiser.load_state_dict(own)
+    return int(state["step"])
+
+
 def train(task: Task, settings: Settings) -> nn.Module:
     """Runs to `settings.steps` or `settings.minutes` and returns the averaged network.
 
     In `settings.out`: checkpoint.pt, report-*.png (what `task.report` draws), log.txt, and what `task.export` writes.
-    Raises FileExistsError if there is a checkpoint but no `resume`, FileNotFoundError if it is the other way round.
+    Raises what `read_checkpoint` does, and DivergedError once the loss is no number.
     """
+    found = read_checkpoint(settings)
     settings.out.mkdir(parents=True, exist_ok=True)
-    checkpoint, log = settings.out / "checkpoint.pt", settings.out / "log.txt"
-    if checkpoint.exists() != settings.resume:
-        if settings.resume:
-            raise FileNotFoundError(f"nothing to resume: {checkpoint} does not exist")
-        raise FileExistsError(f"{checkpoint} exists: pass --resume to go on with it, or another --out")
+    log = settings.out / "log.txt"
     torch.set_flush_denormal(True)  # else steps on a CPU slow down as moments of dead weights fade
     network = task.network.train()
-    device = next(network.parameters()).device
     average = deepcopy(network).requires_grad_(False).eval()
     optimisers = _optimisers(network, settings)
-    first = 0
-    if settings.resume:
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        network.load_state_dict(state["network"])
-        average.load_state_dict(state["average"])
-        for optimiser, own in zip(optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(own)
-        first = state["step"]
+    try:
+        first = _restore(found, network, average, optimisers) if found else 0
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:  # names, shapes or groups of another network
+        raise CheckpointError(f"{settings.checkpoint} is of another network than this one") from error
 
     def save(step: int) -> None:
         state = {"network": network.state_dict(), "average": average.state_dict(), "step": step}
-        save_atomically(state | {"optimisers": [optimiser.state_dict() for optimiser in optimisers]}, checkpoint)
+        state |= {"optimisers": [optimiser.state_dict() for optimiser in optimisers]}
+        save_atomically(state | {"made_with": settings.determining()}, settings.checkpoint)
         line = f"step {step}: {task.report(average, settings.out, step)}"
         print(line, flush=True)
         with log.open("a") as file:
@@ -135,7 +203,7 @@ def train(task: Task, settings: Settings) -> nn.Module:
             losses = task.loss(step, rng)
             total = torch.stack(list(losses.values())).sum()
             if not torch.isfinite(total):
-                raise FloatingPointError(f"the loss at step {step} is {total.item()}; the last checkpoint is good")
+                raise DivergedError(f"the loss at step {step} is {total.item()}; the last checkpoint is good")
             network.zero_grad(set_to_none=True)
             total.backward()
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)

@@ -13,8 +13,14 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
+from attnctl.command import UsageError, check_writable
 from attnctl.glyph import judge
+from attnctl.glyph.scenes import font_path
 from attnctl.glyph.words import ANIMALS, COLOURS, CONCEPTS, OBJECTS, Named, Prompt, is_held_out, phrase
+from attnctl.loading import check_folder, load
+
+MADE_BY = ("scenes", "batch", "steps", "seed", "grounding")
+"""What `sd` writes into training.json, for the model card."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +80,33 @@ def quality(pipe: Any, guidance: float, seed: int, full: bool, bar: Progress) ->
     )
 
 
+def check_pipeline(folder: Path) -> dict[str, Any]:
+    """How the glyph pipeline in a folder was made; refuses a folder that cannot be scored, before anything is drawn."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no folder: score takes the glyph pipeline that `sd` wrote")
+    check_folder(folder)
+    try:
+        made = json.loads((folder / "training.json").read_text())
+        whole = set(MADE_BY) <= set(made)
+    except (FileNotFoundError, ValueError, TypeError):
+        whole = False
+    if not whole:
+        raise UsageError(f"{folder} is no glyph pipeline: its training.json is missing or not what `sd` writes")
+    check_writable(folder, "score")
+    return made
+
+
 def score(folder: Path, scales: Sequence[float], seed: int) -> dict[str, Any]:
     """Sweeps guidance on a part of the prompts, scores the best scale on all, and tests the maps.
 
     The best scale is the one with the most single concepts and colours right. Writes scores.json and the model card
     into `folder`.
     """
+    made = check_pipeline(folder)
+    font_path()
+    pipe = load(folder.absolute())  # or a folder named as an embedded model would be that model
     from attnctl.glyph.train.sd import map_scores
-    from attnctl.loading import load
 
-    pipe = load(folder)
     pipe.set_progress_bar_config(disable=True)
     with Progress() as bar:
         sweep = [quality(pipe, scale, seed, False, bar) for scale in scales]
@@ -97,7 +120,7 @@ def score(folder: Path, scales: Sequence[float], seed: int) -> dict[str, Any]:
         "autoencoder_psnr": autoencoder_psnr(pipe.vae),
     }
     (folder / "scores.json").write_text(json.dumps(found, indent=1) + "\n")
-    (folder / "README.md").write_text(card(found, json.loads((folder / "training.json").read_text()), pipe))
+    (folder / "README.md").write_text(card(found, made, pipe))
     return found
 
 

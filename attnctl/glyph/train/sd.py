@@ -14,14 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from attnctl.glyph.scenes import Renderer, Scene
+from attnctl.glyph.scenes import SIDE, Renderer, Scene
 from attnctl.glyph.tokenizer import build_tokenizer
 from attnctl.glyph.train.autoencoder import pixels, sheet
 from attnctl.glyph.train.grounding import GRID, MapScore, coverage, eager, grounding_loss, map_test, owners
 from attnctl.glyph.train.loop import Losses
 from attnctl.glyph.words import CONCEPTS
+from attnctl.loading import ModelError, load_autoencoder
 
 WIDTH = 128
+BATCH = 32
 PROMPTS = (
     "a cat", "a red car", "a black bench", "a purple apple",
     "a cat and a dog", "a bear and a mouse", "a lion and a frog", "a horse and a turtle",
@@ -139,9 +141,11 @@ class Denoising:
     """v-prediction with min-SNR weights (gamma 5), captions dropped in one row of ten, and a grounding loss."""
 
     def __init__(
-        self, vae: Path, scenes: int, seed: int, device: str, cache: Path, grounding: float = 0.05, batch: int = 32
+        self, vae: Path, scenes: int, seed: int, device: str, cache: Path, grounding: float = 0.05, batch: int = BATCH
     ) -> None:
-        self.vae: AutoencoderKL = AutoencoderKL.from_pretrained(vae).to(device).eval().requires_grad_(False)
+        self.vae: AutoencoderKL = load_autoencoder(vae).to(device).eval().requires_grad_(False)
+        if (cells := SIDE // 2 ** (len(self.vae.config.block_out_channels) - 1)) != GRID:
+            raise ModelError(f"{vae} makes latents of {cells} x {cells} from a scene; {GRID} x {GRID} are wanted")
         self.device, self.grounding, self.batch = device, grounding, batch
         self.made_by = {"steps": 0, "batch": batch, "scenes": scenes, "seed": seed, "grounding": grounding}
         self.tokenizer, self.scheduler = build_tokenizer(), new_scheduler()

@@ -1,0 +1,65 @@
+"""What the command lines of attnctl have in common: how they refuse, in one line, and what they check first."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import NoReturn
+
+import typer
+
+from .errors import AttnctlError
+
+
+class UsageError(AttnctlError):
+    """An option that makes no sense, alone or with the others."""
+
+
+def run(app: typer.Typer, name: str, words: list[str] | None = None) -> NoReturn:
+    """Run a command line: one clear line on stderr and exit code 2 for everything that is the caller's to mend.
+
+    Args:
+        app: what is run.
+        name: how it is called, for messages.
+        words: of the command line; None for those of the process.
+    """
+    try:
+        code = app(words, standalone_mode=False)
+    except (AttnctlError, OSError) as error:
+        code = _complain(name, " ".join(str(error).split()))
+    except typer.Abort:
+        code = 130
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise  # a bug: its traceback is wanted
+        said = error.format_message()  # nothing where the help has been shown instead
+        code = _complain(name, f"{said} ({_command(name, error)} --help shows how)") if said else 2
+    sys.exit(code or 0)
+
+
+def _command(name: str, error: Exception) -> str:
+    """The command that a usage error is about: `attnctl generate`, or `attnctl` itself."""
+    context = getattr(error, "ctx", None)
+    return " ".join([name, *([context.info_name] if context is not None and context.parent else [])])
+
+
+def _complain(name: str, line: str) -> int:
+    print(f"{name}: {line}", file=sys.stderr)
+    return 2
+
+
+def check_writable(folder: Path, option: str = "--out") -> None:
+    """Refuse a folder that cannot be written or made, before any work and without leaving anything behind."""
+    above = (folder, *folder.absolute().parents)
+    if broken := next((path for path in above if path.is_symlink() and not path.exists()), None):
+        raise UsageError(f"{option} {folder}: {broken} is a link to nowhere")
+    nearest = next(path for path in above if path.exists())
+    if not nearest.is_dir():
+        raise UsageError(f"{option} {folder}: {nearest} is a file, not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(f"{option} {folder}: {nearest} cannot be written")
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:  # a file system that takes no files, such as /proc
+        raise UsageError(f"{option} {folder}: {nearest} cannot be written: {error.strerror}") from None
