@@ -73,7 +73,8 @@ def generate(
         ),
     ] = None,
     subjects: Annotated[
-        str | None, typer.Option(help="Short for --control 'segregation(...)': phrases to keep apart, with commas.")
+        str | None,
+        typer.Option(help="Short for --control 'segregation(...)': phrases to keep apart, with commas; or auto."),
     ] = None,
     negative: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
@@ -186,6 +187,8 @@ def _control_texts(prompt: str, model: str, texts: list[str], subjects: str | No
     if subjects is not None:
         if texts:
             raise UsageError("--subjects is short for one --control; give one of the two")
+        if subjects.strip().lower() == "auto":
+            return [_read_control(prompt)]
         phrases = [phrase.strip() for phrase in subjects.split(",")]
         if len(phrases) < 2 or not all(phrases):
             raise UsageError(f"--subjects {subjects!r}: at least two phrases of the prompt, with commas between them")
@@ -198,6 +201,19 @@ def _control_texts(prompt: str, model: str, texts: list[str], subjects: str | No
     chosen = write_control("segregation", *things)
     print(f"attnctl: no control was given, so {chosen} is compared with none", file=sys.stderr)
     return [chosen]
+
+
+def _read_control(prompt: str) -> str:
+    """Segregation of the things that the prompt names, which are told on stderr."""
+    from .control_text import write_control
+    from .subjects import read_subjects
+
+    subjects = read_subjects(prompt)
+    if len(subjects) < 2:
+        raise UsageError(f"--subjects auto: the prompt names one thing, {subjects[0].phrase!r}; two are kept apart")
+    chosen = write_control("segregation", *(subject.phrase for subject in subjects))
+    print(f"attnctl: the prompt names {', '.join(map(str, subjects))}: {chosen}", file=sys.stderr)
+    return chosen
 
 
 def _glyph_things(prompt: str) -> list[str]:

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from attnctl.attachment import Attachment, attach
 from attnctl.control import Control
+from attnctl.errors import ControlError
 from attnctl.loading import load
 from attnctl.maps import TokenMaps
 from attnctl.processors.astar import AStar
+from attnctl.subjects import read_subjects
 
 
 class AStarPipeline:
@@ -51,7 +53,7 @@ class AStarPipeline:
     def __call__(
         self,
         prompt: str | list[str],
-        subjects: Sequence[str],
+        subjects: Sequence[str] | Literal["auto"] = "auto",
         modifiers: Mapping[str, str | Sequence[str]] | None = None,
         masks: Mapping[str, Any] | None = None,
         maps: bool = False,
@@ -62,30 +64,42 @@ class AStarPipeline:
 
         Args:
             prompt: what to draw. In a list, each picture goes by the subjects that its own prompt has.
-            subjects: the things to keep apart and in place, two phrases or more of the prompt.
-            modifiers: noun -> its modifier or modifiers: binds them, see `Binding`.
+            subjects: the things to keep apart and in place, two phrases or more of the prompt. "auto" reads them and
+                their modifiers from the prompt, see `attnctl.subjects`; that needs the extra "subjects".
+            modifiers: noun -> its modifier or modifiers: binds them, see `Binding`. None: those that "auto" reads.
             masks: subject -> region it is to be in, see `Retention`.
             maps: record the maps of the prompt's words, for `maps` of what is returned.
             controls: further ones, which see each attention call first.
             arguments: of the pipeline.
 
         Returns:
-            What the pipeline returns. Unless that is a tuple (return_dict=False), it has two attributes more: `report`,
-            what A-STAR did (`report.to_json()` is plain data), and `maps`, None unless asked for.
+            What the pipeline returns. Unless that is a tuple (return_dict=False), it has three attributes more:
+            `report`, what A-STAR did (`report.to_json()` is plain data), `maps`, None unless asked for, and `subjects`,
+            the phrases that were kept apart.
 
         Raises:
             AttnctlError: as `attach`, `AStar` and the resolution of phrases raise it.
         """
-        bonds = [
+        if subjects == "auto":
+            read = [one for text in ([prompt] if isinstance(prompt, str) else prompt) for one in read_subjects(text)]
+            subjects = tuple(dict.fromkeys(one.phrase for one in read))
+            if modifiers is None:
+                modifiers = {
+                    phrase: [m for one in read if one.phrase == phrase for m in one.modifiers] for phrase in subjects
+                }
+        elif isinstance(subjects, str):
+            raise ControlError(f"subjects are several phrases, or 'auto'; not {subjects!r}")
+        bonds = dict.fromkeys(
             (modifier, noun)
             for noun, named in (modifiers or {}).items()
             for modifier in ([named] if isinstance(named, str) else named)
-        ]
-        settings = {"bonds": bonds, "masks": masks or {}} | self.settings
+        )
+        settings = {"bonds": tuple(bonds), "masks": masks or {}} | self.settings
         recorders = [TokenMaps()] if maps else []
         with attach(self.pipe, *controls, AStar(*subjects, **settings), *recorders) as attachment:
             self.attachment = attachment
             output = self.pipe(prompt, **arguments)
         if not isinstance(output, tuple):
             output.report, output.maps = attachment.report, attachment.maps if maps else None
+            output.subjects = tuple(subjects)
         return output
