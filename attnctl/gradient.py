@@ -43,6 +43,7 @@ def probe(
     watch: Mapping[Site, Callable[[AttentionCall], None]],
     images: Sequence[int] | None = None,
     checkpointing: bool = False,
+    bfloat16: bool = False,
 ) -> None:
     """See `Step.probe`."""
     wiring, rows = step.wiring, step.rows
@@ -63,6 +64,8 @@ def probe(
         stack.enter_context(uncompiled(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        if bfloat16:
+            stack.enter_context(torch.autocast(latents.device.type, torch.bfloat16))
         if checkpointing:
             stack.enter_context(checkpointed(model))
         arguments = _conditional(step, family.shared, chosen)

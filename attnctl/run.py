@@ -178,6 +178,7 @@ class Step:
         watch: Mapping[Site, Callable[[AttentionCall], None]],
         images: Sequence[int] | None = None,
         checkpoint: bool = False,
+        bfloat16: bool = False,
     ) -> None:
         """Run the denoiser on the conditional rows with these latents, to read attention; autograd is recorded.
 
@@ -192,6 +193,7 @@ class Step:
             checkpoint: keep only what enters each block of the model, and compute the rest again in the backward; less
                 memory, more time, the same gradient. Then `watch` may only take from a call what is there: whatever is
                 computed inside it would be missing when the block runs again.
+            bfloat16: under autocast to bfloat16, which is faster; maps are worked out in float32 all the same.
 
         Raises:
             ControlError: a site is not under control, or this forward never reached it; or the model has no gradient
@@ -199,4 +201,4 @@ class Step:
         """
         from .gradient import probe
 
-        probe(self, latents, watch, images, checkpoint)
+        probe(self, latents, watch, images, checkpoint, bfloat16)

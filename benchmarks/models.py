@@ -99,19 +99,24 @@ MODELS: dict[str, tuple[Callable[[], Any], int, int]] = {
 """Name -> (how to build it, side of the picture in pixels, denoising steps of one run)."""
 
 
-def build(name: str) -> Callable[[], None]:
+def build(name: str, steps: int | None = None) -> Callable[[], None]:
     """A function that draws once, from the same noise each time; `.pipe` is the pipeline it draws with."""
     for quiet in (diffusers, transformers):
         quiet.utils.logging.set_verbosity_error()
     torch.manual_seed(0)
-    make, side, steps = MODELS[name]
+    make, side, usual = MODELS[name]
     pipe = make()
     pipe.set_progress_bar_config(disable=True)
 
     def run() -> None:
         noise = torch.Generator().manual_seed(0)
         pipe(
-            "a cat and a dog", height=side, width=side, num_inference_steps=steps, generator=noise, output_type="latent"
+            "a cat and a dog",
+            height=side,
+            width=side,
+            num_inference_steps=steps or usual,
+            generator=noise,
+            output_type="latent",
         )
 
     run.pipe = pipe  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
     python benchmarks/speed.py attach maps
 
 attach: an attachment without controls, and one that sits at every site and does nothing.
+guided: guidance by gradients, see guided.py; ours against diffusers' Attend-and-Excite, in time and memory.
 maps: the maps of all words, against the plain run; beside it, recording as DAAM does it, by materialised probabilities.
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, ClassVar
 
+import guided
 import torch
 import typer
 from models import MODELS, build
@@ -115,24 +117,30 @@ app = typer.Typer(add_completion=False)
 
 @app.command(help=__doc__)
 def main(
-    topics: Annotated[list[str], typer.Argument(help=f"Any of {', '.join(TOPICS)}.")],
+    topics: Annotated[list[str], typer.Argument(help=f"Any of {', '.join([*TOPICS, 'guided'])}.")],
     model: Annotated[list[str], typer.Option(help=f"Any of {', '.join(MODELS)}.")] = list(MODELS),  # noqa: B006
     repeats: Annotated[int, typer.Option(min=1, help="Measured rounds, after one to warm up.")] = 5,
     out: Annotated[Path, typer.Option(help="File for all times.")] = Path("out/speed.json"),
 ) -> None:
-    for given, known in ((topics, TOPICS), (model, MODELS)):
+    for given, known in ((topics, [*TOPICS, "guided"]), (model, MODELS)):
         if unknown := [name for name in given if name not in known]:
             raise typer.BadParameter(f"no {unknown[0]!r}; there are {', '.join(known)}")
     with Progress() as bar:
-        found = [measure(name, topic, repeats, bar) for name in model for topic in topics]
+        found = [measure(name, topic, repeats, bar) for name in model for topic in topics if topic in TOPICS]
+        guidance = [guided.measure(name, repeats, bar) for name in model if "guided" in topics]
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine": machine(), "measured": found}, indent=1))
+    out.write_text(json.dumps({"machine": machine(), "measured": found, "guided": guidance}, indent=1))
+    console = Console()
     table = Table("model", "setting", "time / plain", title=f"medians of {repeats} alternating rounds")
     for row in found:
         table.add_row(row["model"], "plain", f"{row['plain']:.2f} s")
         for setting, ratio in row["ratios"].items():
             table.add_row("", setting, f"{ratio:.3f}")
-    Console().print(table, f"{machine()}", str(out), sep="\n")
+    if found:
+        console.print(table)
+    if guidance:
+        console.print(guided.table(guidance))
+    console.print(f"{machine()}", str(out), sep="\n")
 
 
 if __name__ == "__main__":

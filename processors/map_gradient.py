@@ -132,6 +132,7 @@ def read_maps(
     tokens: Tensor,
     images: Sequence[int] | None = None,
     checkpoint: bool = False,
+    bfloat16: bool = False,
 ) -> Tensor:
     """Probabilities of tokens in an extra forward with these latents; differentiable in the latents.
 
@@ -141,13 +142,13 @@ def read_maps(
         sites: where to read; several grids are averaged on the finest.
         tokens: (images, tokens) text rows.
         images: which of the step's images these are. None: all.
-        checkpoint: see `Step.probe`.
+        checkpoint, bfloat16: see `Step.probe`.
 
     Returns:
         (images, tokens, height, width), float32, mean over heads and sites.
     """
     calls: list[AttentionCall] = []
-    step.probe(latents, dict.fromkeys(sites, calls.append), images, checkpoint)
+    step.probe(latents, dict.fromkeys(sites, calls.append), images, checkpoint, bfloat16)
     sums: dict[tuple[int, int], Tensor] = {}
     last = int(tokens.max())
     for call in calls:  # only now: what is computed inside a checkpointed block would be missing when it runs again

@@ -1,0 +1,198 @@
+"""What guidance by gradients costs: ours against diffusers' Attend-and-Excite, in time and in memory.
+
+Both draw with the same random UNet of true size, with Attend-and-Excite's schedule: one update in each step of the first
+half. Their thresholds, which would repeat updates, are left out, because with random weights no loss falls. Cost is the
+time beyond the plain run, memory the highest resident set beyond what was there before the run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from models import MODELS, build
+from rich.progress import Progress
+from rich.table import Table
+
+import attnctl
+from attnctl import gradient
+from attnctl.processors import AStar, Excitation
+
+PROMPT, WORDS = "a cat and a dog", ("cat", "dog")
+STEPS = {"sd15": 2}
+"""Denoising steps of one run; of other models as in `models.MODELS`."""
+
+Setting = Callable[[Any], AbstractContextManager[Any]]
+
+
+def controlled(control: Any) -> Setting:
+    return lambda pipe: attnctl.attach(pipe, control)
+
+
+@contextmanager
+def to_the_end(pipe: Any, control: Any) -> Iterator[None]:
+    """The extra forward does not stop after the last site."""
+
+    def see(self: gradient.Watch, call: Any) -> None:
+        if callback := self.waiting.pop(call.site.name, None):
+            callback(call)
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(gradient.Watch, "see", see))
+        stack.enter_context(attnctl.attach(pipe, control))
+        yield
+
+
+def theirs(pipe: Any, side: int, steps: int) -> Callable[[], None]:
+    """diffusers' StableDiffusionAttendAndExcitePipeline on the same components."""
+    from diffusers.pipelines.deprecated.stable_diffusion_attend_and_excite import (
+        StableDiffusionAttendAndExcitePipeline,
+    )
+
+    other = StableDiffusionAttendAndExcitePipeline(**pipe.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    ids = pipe.tokenizer(PROMPT).input_ids
+    names = pipe.tokenizer.convert_ids_to_tokens(ids)
+    indices = [k for k, name in enumerate(names) if name.removesuffix("</w>") in WORDS]
+
+    def run() -> None:
+        noise, processors = torch.Generator().manual_seed(0), dict(pipe.unet.attn_processors)
+        other(
+            PROMPT, indices, height=side, width=side, num_inference_steps=steps, generator=noise, output_type="latent",
+            max_iter_to_alter=steps // 2, thresholds={}, attn_res=(side // 32, side // 32),
+        )  # fmt: skip
+        pipe.unet.set_attn_processor(processors)
+
+    return run
+
+
+def settings_of(name: str) -> dict[str, Setting]:
+    """What is measured beside the plain run."""
+    half = (0.0, 0.5)
+    schedule = Excitation(*WORDS, maps="attend-and-excite-padded", relative=None, window=half)
+    found: dict[str, Setting] = {}
+    if name == "sd15":
+        found["ours, their schedule"] = controlled(schedule)
+        down = Excitation(*WORDS, relative=None, window=half, where="down_blocks.2.*attn2")
+        found["... sites of the way down only"] = controlled(down)
+        found["... in bfloat16"] = controlled(Excitation(*WORDS, relative=None, window=half, bfloat16=True))
+        found["... both"] = controlled(
+            Excitation(*WORDS, relative=None, window=half, where="down_blocks.2.*attn2", bfloat16=True)
+        )
+    every = AStar(*WORDS)
+    found["A-STAR, every step"] = controlled(every)
+    found["A-STAR without early stop"] = lambda pipe: to_the_end(pipe, every)
+    return found
+
+
+@dataclass
+class Sample:
+    seconds: float
+    mebibytes: float
+
+
+def watched(run: Callable[[], None], around: AbstractContextManager[Any]) -> Sample:
+    """Time of one run, and the peak of the resident set beyond what it was."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    page, before, highest, done = os.sysconf("SC_PAGE_SIZE"), _pages(), 0, threading.Event()
+
+    def look() -> None:
+        nonlocal highest
+        while not done.wait(0.005):
+            highest = max(highest, _pages())
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    start = time.perf_counter()
+    try:
+        with around:
+            run()
+        seconds = time.perf_counter() - start
+    finally:
+        done.set()
+        watcher.join()
+    return Sample(seconds, (highest - before) * page / 2**20)
+
+
+def _pages() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1])
+
+
+def measure(name: str, repeats: int, bar: Progress) -> dict[str, Any]:
+    """Every setting in turn, `repeats` times, each time in another order; ratios are within a round."""
+    steps = STEPS.get(name, MODELS[name][2])
+    run = build(name, steps)
+    pipe = run.pipe  # type: ignore[attr-defined]
+    runs: dict[str, tuple[Callable[[], None], Setting]] = {"plain": (run, lambda pipe: nullcontext())}
+    if name == "sd15":
+        runs["diffusers' Attend-and-Excite"] = theirs(pipe, MODELS[name][1], steps), lambda pipe: nullcontext()
+    runs |= {setting: (run, around) for setting, around in settings_of(name).items()}
+    line = bar.add_task(f"guided: {name}", total=(repeats + 1) * len(runs))
+    found: dict[str, list[Sample]] = {setting: [] for setting in runs}
+    for repeat in range(repeats + 1):
+        shift = repeat % len(runs)
+        for setting in [*runs][shift:] + [*runs][:shift]:
+            call, around = runs[setting]
+            sample = watched(call, around(pipe))
+            if repeat:  # the first round warms up
+                found[setting].append(sample)
+            bar.advance(line)
+    return {
+        "model": name,
+        "steps": steps,
+        "samples": {setting: [vars(sample) for sample in samples] for setting, samples in found.items()},
+        "rows": [row(setting, found) for setting in runs],
+    }
+
+
+def row(setting: str, found: dict[str, list[Sample]]) -> dict[str, Any]:
+    """Medians; cost and memory also as parts of those of the peer, where there is one."""
+    plain, own = found["plain"], found[setting]
+    beyond = [b.seconds - a.seconds for a, b in zip(plain, own, strict=True)]
+    figures: dict[str, Any] = {
+        "setting": setting,
+        "seconds": median(one.seconds for one in own),
+        "whole": median(b.seconds / a.seconds for a, b in zip(plain, own, strict=True)),
+        "mebibytes": median(one.mebibytes for one in own),
+    }
+    if peer := found.get("diffusers' Attend-and-Excite"):
+        theirs = [b.seconds - a.seconds for a, b in zip(plain, peer, strict=True)]
+        figures["cost to theirs"] = median(a / b for a, b in zip(beyond, theirs, strict=True))
+        figures["whole to theirs"] = median(a.seconds / b.seconds for a, b in zip(own, peer, strict=True))
+        figures["memory to theirs"] = median(a.mebibytes / b.mebibytes for a, b in zip(own, peer, strict=True))
+    return figures
+
+
+def table(measured: list[dict[str, Any]]) -> Table:
+    page = Table(title="medians; cost is the time beyond the plain run")
+    for column in (
+        "model",
+        "setting",
+        "time",
+        "/ plain",
+        "memory",
+        "cost / theirs",
+        "whole / theirs",
+        "memory / theirs",
+    ):
+        page.add_column(column, justify="left" if column in ("model", "setting") else "right")
+    for one in measured:
+        for figures in one["rows"]:
+            ratios = [figures.get(name) for name in ("cost to theirs", "whole to theirs", "memory to theirs")]
+            page.add_row(
+                one["model"], figures["setting"], f"{figures['seconds']:.1f} s", f"{figures['whole']:.2f}",
+                f"{figures['mebibytes']:,.0f} MiB", *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+            )  # fmt: skip
+    return page
