@@ -1,8 +1,8 @@
 """What guidance by gradients costs: ours against diffusers' Attend-and-Excite, in time and in memory.
 
-Both draw with the same random UNet of true size, with Attend-and-Excite's schedule: one update in each step of the
-first half. Their thresholds, which would repeat updates, are left out, because with random weights no loss falls. Cost is the
-time beyond the plain run, memory the highest resident set beyond what was there before the run.
+Both draw with the same random UNet of true size and Attend-and-Excite's schedule: one update in each step of the first
+half. Their thresholds, which would repeat updates, are left out: with random weights no loss falls. Cost is the time
+beyond the plain run, memory the highest resident set beyond what was there before the run.
 """
 
 from __future__ import annotations
