@@ -9,6 +9,7 @@ All conditions draw from the same noise. Results are kept as they come: a killed
 import fcntl
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from attnctl import command
 from attnctl.control import Control
 from attnctl.errors import AttnctlError
 from attnctl.glyph import judge
-from attnctl.glyph.words import Prompt, benchmark, is_held_out
+from attnctl.glyph.words import Prompt, benchmark, is_held_out, triples
 from attnctl.loading import USUAL
 from attnctl.recipe import installed_versions, weights_hash
 
@@ -226,8 +227,7 @@ def summary(prompts: Sequence[Prompt], cases: Sequence[Case], done: dict[str, An
     conditions = list(dict.fromkeys(case.condition for case in cases))
 
     def held_out(k: int) -> bool:
-        one, other = (concept for concept, _ in prompts[k].things)
-        return is_held_out(one, other)
+        return any(is_held_out(one, other) for (one, _), (other, _) in combinations(prompts[k].things, 2))
 
     groups: dict[str, Callable[[int], bool]] = {"all": lambda k: True}
     groups |= {name: lambda k, name=name: prompts[k].category == name for name in CATEGORIES}  # type: ignore[misc]
@@ -295,8 +295,9 @@ def contact_sheet(prompts: Sequence[Prompt], cases: Sequence[Case], done: dict[s
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(11)
     for place, k in enumerate(shown):
         x, y = place % columns * (side + 8), place // columns * (len(conditions) * (side + 8) + text)
-        words = prompts[k].text.split(" and ") if " and " in prompts[k].text else prompts[k].text.split(" with ")
-        pen.text((x + 4, y + 2), "\n".join(words), fill="black", font=font)
+        words = re.split(" and | with |, ", prompts[k].text)
+        lines = words if len(words) == 2 else [f"{words[0]}, {words[1]}", words[2]]
+        pen.text((x + 4, y + 2), "\n".join(lines), fill="black", font=font)
         for row, condition in enumerate(conditions):
             case = Case(k, first, condition)
             result = done[case.name]
@@ -332,6 +333,9 @@ def main(
     ] = ["none", "segregation"],  # noqa: B006
     seeds: Annotated[int, typer.Option(min=1, help="Pictures of each prompt and condition.")] = 2,
     out: Annotated[Path, typer.Option(help="Folder for pictures, results and the sheet.")] = Path("out/effect"),
+    things: Annotated[
+        int, typer.Option(min=2, max=3, help="2: the benchmark. 3: 48 prompts of ours, of three things.")
+    ] = 2,
     model: Annotated[str, typer.Option(help="Embedded name or pipeline folder.")] = "glyph-sd",
     steps: Annotated[int, typer.Option(min=1)] = 20,
     guidance: Annotated[float | None, typer.Option(help="Default: the model's.")] = None,
@@ -346,7 +350,8 @@ def main(
     if unknown := [name for name in controls if name not in CONDITIONS]:
         raise typer.BadParameter(f"no condition {unknown[0]!r}; there are {', '.join(CONDITIONS)}")
     command.check_writable(out)
-    console, prompts, pipe, eye = Console(), benchmark(), attnctl.load(model), judge.load()
+    prompts = benchmark() if things == 2 else triples()
+    console, pipe, eye = Console(), attnctl.load(model), judge.load()
     pipe.set_progress_bar_config(disable=True)
     if guidance is None:
         guidance = float(USUAL.get(model, {}).get("guidance", 7.5))

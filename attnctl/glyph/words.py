@@ -101,6 +101,26 @@ def benchmark() -> list[Prompt]:
     return prompts
 
 
+def triples() -> list[Prompt]:
+    """48 prompts of three things, ours, 12 of each kind: animals; two animals and an object; the reverse; objects.
+
+    Their categories are those of the benchmark. Objects are coloured, no two of a prompt alike.
+    """
+    colours, prompts = list(COLOURS), list[Prompt]()
+    for i in range(12):
+        animals: list[Named] = [(ANIMALS[(i + step) % 12], None) for step in (0, 1, 4)]
+        objects: list[Named] = [(OBJECTS[(i + step) % 12], colours[(i + 3 * step) % 11]) for step in (0, 1, 4)]
+        for category, things in (
+            ("animals", animals),
+            ("animal-object", [*animals[:2], objects[0]]),
+            ("animal-object", [animals[0], *objects[1:]]),
+            ("objects", objects),
+        ):
+            *firsts, last = (phrase(*thing) for thing in things)
+            prompts.append(Prompt(f"{', '.join(firsts)} and {last}", category, tuple(things)))
+    return prompts
+
+
 def _held_out() -> frozenset[frozenset[str]]:
     def ring(words: tuple[str, ...], *steps: int) -> set[frozenset[str]]:
         return {frozenset((word, words[(i + step) % 12])) for i, word in enumerate(words) for step in steps}

@@ -1,7 +1,7 @@
 from collections import Counter
 from itertools import combinations
 
-from attnctl.glyph.words import ANIMALS, COLOURS, CONCEPTS, HELD_OUT, OBJECTS, benchmark, is_held_out, phrase
+from attnctl.glyph.words import ANIMALS, COLOURS, CONCEPTS, HELD_OUT, OBJECTS, benchmark, is_held_out, phrase, triples
 
 
 def test_the_benchmark_has_276_prompts_in_three_categories():
@@ -51,6 +51,17 @@ def test_a_prompt_says_what_it_names_and_nothing_else():
     plain = Counter(thing for prompt in benchmark() for thing, colour in prompt.things if not colour)
     assert {thing for thing in plain if thing in OBJECTS} == {"glasses", "crown", "bow"}
     assert sum(" with " in prompt.text for prompt in benchmark()) == 36
+
+
+def test_triples_name_three_things_in_colours_of_their_own():
+    prompts = triples()
+    assert len({prompt.text for prompt in prompts}) == len(prompts) == 48
+    assert Counter(prompt.category for prompt in prompts) == {"animals": 12, "animal-object": 24, "objects": 12}
+    assert prompts[0].text == "a cat, a dog and a lion" and prompts[1].text == "a cat, a dog and a red backpack"
+    for prompt in prompts:
+        colours = [colour for concept, colour in prompt.things if concept in OBJECTS]
+        assert len({concept for concept, _ in prompt.things}) == 3 and len(set(colours)) == len(colours)
+        assert all(phrase(*thing) in prompt.text for thing in prompt.things) and None not in colours
 
 
 def test_held_out_pairs_are_a_fifth_and_spread_over_all_concepts():
