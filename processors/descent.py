@@ -130,6 +130,8 @@ class MapDescent(Control):
         if self.updates < 1:
             who = type(self).__name__
             raise ControlError(f"updates must be at least 1, not {self.updates}; strength=0 switches {who} off")
+        if self.seen is not None and not 0 < self.seen <= 1:
+            raise ControlError(f"seen is a probability, above 0 and up to 1, or None; not {self.seen}")
         if self.maps not in get_args(Preparation):
             raise ControlError(f"maps are prepared as one of {', '.join(get_args(Preparation))}; not {self.maps!r}")
         check_window(self.window)
@@ -245,7 +247,8 @@ class Descent:
         trace.skipped[images] += ~finite
         trace.scale[images] /= torch.where(finite, 1.0, 16.0)  # half precision overflowed: be gentler
         parts = {name: term.parts for name, term in read.items()}
-        trace.evaluations.append(Evaluation(self.step.index, tuple(images), parts, self.excess[images]))
+        told = self.excess[images], self.peak[images]
+        trace.evaluations.append(Evaluation(self.step.index, tuple(images), parts, *told))
 
     def move(self, images: Sequence[int]) -> None:
         """One step down for some images."""

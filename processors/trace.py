@@ -25,12 +25,14 @@ class Evaluation:
         images: which images it ran, by number.
         parts: loss -> (images, parts), each less the least it can be; NaN where an image has no such part.
         excess: (images,), the sum of all losses, weighted, less the least it can be.
+        seen: (images,), the highest probability with which a place looks at a phrase, of the phrase where it is least.
     """
 
     step: int
     images: tuple[int, ...]
     parts: dict[str, Tensor]
     excess: Tensor
+    seen: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +93,7 @@ class Trace:
                 name: {label: _plain(values[:, k]) for k, label in enumerate(labels[name])}
                 for name, values in one.parts.items()
             }
-            return {"images": list(one.images), "losses": losses, "total": _plain(one.excess)}
+            return {"images": list(one.images), "losses": losses, "total": _plain(one.excess), "seen": _plain(one.seen)}
 
         def update(one: Update) -> dict[str, Any]:
             return {"images": list(one.images), "share": _plain(one.share)}

@@ -8,7 +8,7 @@ import torch
 
 from attnctl import attach
 from attnctl.errors import ControlError, PhraseError
-from attnctl.processors import AStar, Binding, Control, Excitation, Retention, Segregation
+from attnctl.processors import AStar, Binding, Control, Excitation, Retention, Segregation, TokenMaps
 from attnctl.processors.losses import binarise, binding_loss, retention_loss, segregation_loss
 from attnctl.processors.retention import Keep
 
@@ -24,14 +24,14 @@ class Views:
     """Mixed into a control: keeps what its losses were shown."""
 
     def losses(self):
-        self._set(seen=[])
+        self._set(views=[])
         found = super().losses()
         first = found[0]
         read = first.read
 
         def keep(view):
             reading = read(view)
-            self.seen.append(view)
+            self.views.append(view)
             return reading
 
         first.read = keep
@@ -53,9 +53,9 @@ def test_one_gradient_of_all_losses_as_written(pipe):
 
     control = Seen("cat", "dog", bonds=("red dog",), maps="attend-and-excite", rule="otsu", retention=0.5)
     trace = trace_of(pipe, control)
-    assert len(trace.updates) == len(control.seen) == 3
+    assert len(trace.updates) == len(control.views) == 3
     before = None
-    for view, one in zip(control.seen, trace.evaluations, strict=True):
+    for view, one in zip(control.views, trace.evaluations, strict=True):
         maps = view.maps.detach()  # cat, dog, red dog
         want = segregation_loss(maps, [(0, 1)])
         if before is not None:
@@ -199,6 +199,36 @@ def test_an_image_that_has_enough_stops_costing(pipe):
     with attach(pipe, still, moves) as run:
         tiny.draw(pipe, TEXTS, steps=2)
     assert moves.seen == [True, True] and len(run.run.state(still).evaluations) == 2
+
+
+def test_an_image_whose_phrases_are_all_seen_stops_costing(pipe):
+    free = trace_of(pipe, Segregation("cat", "dog", relative=1e-3), steps=1)
+    peaks = free.evaluations[0].seen
+    sites = [site.layer for site in free.sites]
+    kept = TokenMaps("cat", "dog", keep="layer")
+    with attach(pipe, kept) as run:
+        tiny.draw(pipe, TEXTS, steps=1)
+    read = [[run.maps.get(word, layer=layer) for layer in sites] for word in ("cat", "dog")]
+    by_hand = [torch.stack(maps).mean(0).amax((1, 2)) for maps in read]
+    torch.testing.assert_close(peaks, torch.minimum(*by_hand), atol=1e-6, rtol=1e-4)
+    low = int(peaks.argmin())
+    trace = trace_of(pipe, Segregation("cat", "dog", relative=1e-3, updates=2, seen=float(peaks.mean())), steps=1)
+    assert [update.images for update in trace.updates] == [(low,)] * 2
+    one = trace.to_json()["steps"][0]["evaluations"][0]
+    assert one["seen"] == pytest.approx(peaks.tolist())
+    for wrong in (0.0, -1.0, float("nan"), 1.5):
+        with pytest.raises(ControlError, match="seen is a probability"):
+            Segregation("cat", "dog", seen=wrong)
+
+
+def test_bfloat16_finds_nearly_the_same_gradient(pipe):
+    moved = []
+    for bfloat16 in (False, True):
+        with attach(pipe, AStar("cat", "dog", relative=0.5, bfloat16=bfloat16)):
+            moved.append(tiny.draw(pipe, TEXTS, steps=1))
+    plain = tiny.draw(pipe, TEXTS, steps=1)
+    one, other = ((found - plain).flatten(1) for found in moved)
+    assert not torch.equal(one, other) and torch.cosine_similarity(one, other).min() > 0.98
 
 
 def test_checkpointing_changes_the_memory_only(pipe):
