@@ -69,10 +69,10 @@ class MapDescent(Control):
         relative: length of an update as a share of the length of the latents; this too means the same in every model
             and sampler. None: Attend-and-Excite's step size, see `step_size`, which was made for SD 1.
         updates: how many updates at each step; each is an extra forward, as far as the last site, and its backward.
-        enough: an image whose loss, less the least it can be, is no more than this is left out of what updates the step
-            has left (ours). None: every image gets all updates.
-        seen: an image whose every phrase has a place that looks at it with this probability is left out as well (ours);
-            of maps that are the mean over heads and sites. None: every image gets its updates.
+        enough, seen: targets (ours). An image that has met those there are is left out of what updates the step has
+            left; with neither, every image gets all updates. Enough is met when the loss, less the least it can be, is
+            no more than it; seen, a probability, when every phrase has a place that looks at it with that much, in maps
+            that are the mean over heads and sites.
         refine: Attend-and-Excite's refinement: pairs (position in the schedule, loss less the least it can be). At that
             position an image above that loss is updated until it is not, at most 20 times, before the ordinary update.
             As in their code, the update in which the target is found met is still made. Their thresholds for 50 steps
@@ -215,14 +215,19 @@ class Descent:
             running = again
 
     def asking(self, images: list[int]) -> list[int]:
-        """Those of the images that need an update."""
-        seen, peak = self.control.seen, self.peak.tolist()
-        return [image for image in self.above(self.control.enough, images) if seen is None or peak[image] < seen]
-
-    def above(self, target: float | None, images: list[int]) -> list[int]:
-        """Those of the images whose loss is higher."""
-        if target is None:
+        """Those of the images that have not met every target there is."""
+        enough, seen = self.control.enough, self.control.seen
+        if enough is None and seen is None:
             return images
+        excess, peak = self.excess.tolist(), self.peak.tolist()
+        return [
+            image
+            for image in images
+            if (enough is not None and excess[image] > enough) or (seen is not None and peak[image] < seen)
+        ]
+
+    def above(self, target: float, images: list[int]) -> list[int]:
+        """Those of the images whose loss is higher."""
         excess = self.excess.tolist()
         return [image for image in images if excess[image] > target]
 
