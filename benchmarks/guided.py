@@ -12,6 +12,7 @@ import gc
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
+import diffusers
 import torch
 from models import MODELS, build
 from rich.progress import Progress
@@ -55,11 +57,10 @@ def to_the_end(pipe: Any, control: Any) -> Iterator[None]:
 
 def theirs(pipe: Any, side: int, steps: int) -> Callable[[], None]:
     """diffusers' StableDiffusionAttendAndExcitePipeline on the same components."""
-    from diffusers.pipelines.deprecated.stable_diffusion_attend_and_excite import (
-        StableDiffusionAttendAndExcitePipeline,
-    )
-
-    other = StableDiffusionAttendAndExcitePipeline(**pipe.components, requires_safety_checker=False)
+    parts = {name: part for name, part in pipe.components.items() if name != "image_encoder"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        other = diffusers.StableDiffusionAttendAndExcitePipeline(**parts, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
     ids = pipe.tokenizer(PROMPT).input_ids
     names = pipe.tokenizer.convert_ids_to_tokens(ids)
