@@ -13,6 +13,7 @@ from inspect import Parameter, Signature
 from math import inf
 from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
+import numpy as np
 import torch
 
 from attnctl.control import Control, Lane
@@ -72,7 +73,8 @@ class MapDescent(Control):
         enough, seen: targets (ours). An image that has met those there are is left out of what updates the step has
             left; with neither, every image gets all updates. Enough is met when the loss, less the least it can be, is
             no more than it; seen, a probability, when every phrase has a place that looks at it with that much, in maps
-            that are the mean over heads and sites.
+            that are the mean over heads, sites and the phrase's tokens. Seen may rise with the schedule, as the maps of
+            a sound picture do: pairs (position from 0 to 1, probability), straight lines between them.
         refine: Attend-and-Excite's refinement: pairs (position in the schedule, loss less the least it can be). At that
             position an image above that loss is updated until it is not, at most 20 times, before the ordinary update.
             As in their code, the update in which the target is found met is still made. Their thresholds for 50 steps
@@ -96,7 +98,7 @@ class MapDescent(Control):
     relative: float | None = 0.02
     updates: int = 1
     enough: float | None = None
-    seen: float | None = None
+    seen: float | tuple[tuple[float, float], ...] | None = None
     refine: tuple[tuple[int, float], ...] = ()
     keep_norm: bool = False
     checkpoint: bool = False
@@ -130,7 +132,9 @@ class MapDescent(Control):
         if self.updates < 1:
             who = type(self).__name__
             raise ControlError(f"updates must be at least 1, not {self.updates}; strength=0 switches {who} off")
-        if self.seen is not None and not 0 < self.seen <= 1:
+        if self.seen is not None and not isinstance(self.seen, int | float):
+            self._set(seen=line_of(self.seen))
+        elif self.seen is not None and not 0 < self.seen <= 1:
             raise ControlError(f"seen is a probability, above 0 and up to 1, or None; not {self.seen}")
         if self.maps not in get_args(Preparation):
             raise ControlError(f"maps are prepared as one of {', '.join(get_args(Preparation))}; not {self.maps!r}")
@@ -185,6 +189,8 @@ class Descent:
         self.excess = torch.full((len(start),), torch.nan, device=start.device)
         self.gradient = torch.zeros_like(self.z)
         self.peak = torch.zeros_like(self.excess)
+        seen = control.seen
+        self.level = height(seen, step.fraction) if isinstance(seen, tuple) else seen  # what `seen` is at this step
 
     def go(self) -> None:
         """All updates of the step; the latents are assigned if there were any."""
@@ -216,7 +222,7 @@ class Descent:
 
     def asking(self, images: list[int]) -> list[int]:
         """Those of the images that have not met every target there is."""
-        enough, seen = self.control.enough, self.control.seen
+        enough, seen = self.control.enough, self.level
         if enough is None and seen is None:
             return images
         excess, peak = self.excess.tolist(), self.peak.tolist()
@@ -245,7 +251,8 @@ class Descent:
             read = {loss.name: loss.read(view) for loss in trace.terms}
             total = torch.stack([term.total for term in read.values()]).sum(0)
             gradient, finite = gradients(total, z, trace.scale[images])
-        peaks = phrase_maps(tokens.detach(), own, "mean").flatten(2).amax(-1)
+        sums = phrase_maps(tokens.detach(), own, "mean").flatten(2).amax(-1)
+        peaks = sums / own.members.sum(-1).clamp_min(1)
         self.peak[images] = peaks.masked_fill(~own.present, torch.inf).amin(-1).to(self.peak.dtype)
         floor = torch.stack([term.floor for term in read.values()]).sum(0)
         self.excess[images], self.gradient[images] = (total.detach() - floor).to(self.excess.dtype), gradient
@@ -269,6 +276,30 @@ class Descent:
         losses = torch.full_like(self.excess, torch.nan)
         losses[numbers] = self.excess[numbers]
         self.trace.updates.append(Update(step.index, tuple(numbers), losses, share))
+
+
+def line_of(points: Any) -> tuple[tuple[float, float], ...]:
+    """Pairs (position, probability) of a line, checked and in order.
+
+    Raises:
+        ControlError: they are not such pairs.
+    """
+    try:
+        found = tuple(sorted((float(at), float(value)) for at, value in points))
+    except (TypeError, ValueError):
+        found = ()
+    positions = {at for at, _ in found}
+    if not found or len(positions) != len(found) or not all(0 <= at <= 1 and 0 < value <= 1 for at, value in found):
+        raise ControlError(
+            "seen is a probability, or pairs (position from 0 to 1, probability), each position once, "
+            f"such as ((0, 0.07), (0.3, 0.26)); not {points!r}"
+        )
+    return found
+
+
+def height(line: Sequence[tuple[float, float]], at: float) -> float:
+    """The value of a line at a position; level before its first point and after its last."""
+    return float(np.interp(at, *zip(*line, strict=True)))
 
 
 def check_phrases(who: str, phrases: Sequence[Any], least: int, example: str) -> None:

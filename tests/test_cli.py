@@ -369,10 +369,10 @@ def test_out_that_is_a_link_to_nowhere(generate, somewhere):
 
 
 def test_a_full_disk_leaves_no_picture_and_names_the_path(generate, somewhere, monkeypatch):
-    def save(picture, path, known, whole=recipe.save):
-        if known.shows == "comparison":
+    def save(picture, path, recipe, whole=recipe.save):
+        if recipe.shows == "comparison":
             raise OSError(28, "No space left on device")
-        whole(picture, path, known)
+        whole(picture, path, recipe)
 
     monkeypatch.setattr(recipe, "save", save)
     code, out, err = generate("--compare", "--control", "damp(cat)", "--steps", 1)

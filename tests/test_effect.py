@@ -173,7 +173,7 @@ def test_a_folder_in_use_is_refused(part, drawn):
     [
         (("--out", "file"), "file is a file, not a folder"),
         (("--out", "/proc/x"), "/proc cannot be written"),
-        (("--controls", "none", "nope"), "no condition 'nope'; there are none, segregation"),
+        (("--controls", "none", "nope"), "no condition 'nope'; there are none, excitation, segregation,"),
         (("--steps", "0"), "--steps"),
         (("stray",), "stray"),
         (("--controls",), "requires an argument"),

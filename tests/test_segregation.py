@@ -227,7 +227,7 @@ class Watched(Segregation):
     """Keeps what every update was made of."""
 
     def begin(self, run):
-        self._set(seen=[])
+        self._set(watched=[])
         return super().begin(run)
 
     def before_denoise(self, step):
@@ -241,18 +241,18 @@ class Watched(Segregation):
             loss = segregation_loss(maps, trace.terms[0].pairs, trace.wanted.present)
             gradient = torch.autograd.grad(loss.sum(), z)[0]
         one = SimpleNamespace(step=step, before=before, after=step.latents, loss=loss.detach(), gradient=gradient)
-        self.seen.append(one)
+        self.watched.append(one)
 
 
-def full_pass(pipe, control, trace, seen, images):
+def full_pass(pipe, control, trace, one, images):
     """The same loss and gradient from an ordinary forward to the end, with attention written out."""
-    model, step = tiny.denoiser(pipe), seen.step
+    model, step = tiny.denoiser(pipe), one.step
     arguments = {
         name: value[step.rows.cond] if isinstance(value, torch.Tensor) and value.ndim and len(value) == step.rows.total
         else {k: v[step.rows.cond] for k, v in value.items()} if isinstance(value, dict) else value
         for name, value in step.arguments.items()
     }  # fmt: skip
-    z = seen.before.clone().requires_grad_()
+    z = one.before.clone().requires_grad_()
     arguments[next(iter(arguments))] = z * step.scale
     sites = attnctl.sites(pipe)
     with written_out(model) as forwards, torch.enable_grad():
@@ -280,9 +280,9 @@ def test_the_gradient_of_the_stopped_forward_is_that_of_the_whole(pipes, family,
     pipe, control = pipes[family], Watched("cat", "dog", **settings)
     with attach(pipe, control) as run:
         tiny.draw(pipe, TEXTS)
-    trace, seen = run.run.state(control), control.seen
-    assert len(seen) == 2 and len(trace.losses) == 2
-    for one, losses in zip(seen, trace.losses, strict=True):
+    trace, watched = run.run.state(control), control.watched
+    assert len(watched) == 2 and len(trace.losses) == 2
+    for one, losses in zip(watched, trace.losses, strict=True):
         loss, gradient = full_pass(pipe, control, trace, one, 3)
         torch.testing.assert_close(losses, loss, atol=1e-6, rtol=1e-4)
         length = gradient.norm()
