@@ -140,11 +140,17 @@ def sigma_of(pipe: Any, position: int) -> float | None:
 
 
 def written(pipe: Any, sample: Sample, raw: Tensor, timestep: Any) -> Tensor:
-    """The denoiser's input with the edited latents in it, for every branch, scaled as the pipeline would have."""
+    """The denoiser's input with the edited latents in it, for every branch, scaled as the pipeline would have.
+
+    An image whose latents nobody changed keeps its input to the bit.
+    """
     edited = sample.edited
     assert edited is not None
     if sample.scale != 1.0:
-        edited = pipe.scheduler.scale_model_input(edited, timestep)
+        scaled = pipe.scheduler.scale_model_input(edited, timestep)
+        own = sample.raw[sample.rows].narrow(sample.dim, 0, sample.channels)
+        same = (edited == sample.base).flatten(1).all(dim=1)
+        edited = torch.where(same.view(-1, *[1] * (own.ndim - 1)), own, scaled.to(own.dtype))
     return sample.replaced(raw, edited)
 
 

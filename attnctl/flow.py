@@ -230,15 +230,23 @@ class Flow:
 
     @contextmanager
     def watched(self, watch: Watch) -> Iterator[None]:
-        """A probe runs; step caches of the model keep its states apart under a name of its own."""
+        """A probe runs."""
+        self.watching = watch
+        try:
+            with self.apart():
+                yield
+        finally:
+            self.watching = None
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """A forward of our own runs; step caches of the model keep its states apart under a name of its own."""
         model = self.wiring.model
         context: Any = getattr(type(model), "cache_context", None)
-        self.watching = watch
         try:
             with context(model, "attnctl") if context else nullcontext():
                 yield
         finally:
-            self.watching = None
             if self.branch is not None:  # leaving any cache_context clears the one around it: enter that again
                 name, kwargs, stack = self.branch
                 stack.enter_context(context(model, name, **kwargs))

@@ -68,7 +68,7 @@ def probe(
             stack.enter_context(torch.autocast(latents.device.type, torch.bfloat16))
         if checkpointing:
             stack.enter_context(checkpointed(model))
-        arguments = _conditional(step, family.shared, chosen)
+        arguments = rows_kept(step, chosen)
         arguments[family.sample] = step.sample.replaced(arguments[family.sample], latents * step.scale)
         stack.enter_context(wiring.flow.watched(watching))
         try:
@@ -79,9 +79,9 @@ def probe(
         raise ControlError(f"step.probe watched {next(iter(watching.waiting))}, which this denoiser call never reached")
 
 
-def _conditional(step: Step, shared: frozenset[str], keep: slice | list[int]) -> dict[str, Any]:
+def rows_kept(step: Step, keep: slice | list[int]) -> dict[str, Any]:
     """The call's arguments with only these rows of every batched tensor; containers are copied, not shared."""
-    rows = step.rows
+    rows, shared = step.rows, step.run.family.shared
 
     def take(value: Any, batched: bool) -> Any:
         if isinstance(value, Tensor):

@@ -13,11 +13,11 @@ from inspect import Parameter, Signature
 from math import inf
 from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
-import numpy as np
 import torch
 
 from attnctl.control import Control, Lane
 from attnctl.errors import ControlError
+from attnctl.look_ahead import look_ahead
 from attnctl.maps import check_window, with_text
 from attnctl.prompts import positions, streams
 from attnctl.run import Run, Step
@@ -31,12 +31,13 @@ from .map_gradient import (
     default_sites,
     descend,
     gradients,
+    least_seen,
     phrase_maps,
     read_maps,
     step_size,
     wanted,
 )
-from .trace import Evaluation, Trace, Update
+from .trace import Evaluation, Foreseen, Trace, Update
 
 ROUNDS = 20  # of refinement at most, as Attend-and-Excite has it
 C = TypeVar("C", bound=type)
@@ -73,8 +74,11 @@ class MapDescent(Control):
         enough, seen: targets (ours). An image that has met those there are is left out of what updates the step has
             left; with neither, every image gets all updates. Enough is met when the loss, less the least it can be, is
             no more than it; seen, a probability, when every phrase has a place that looks at it with that much, in maps
-            that are the mean over heads, sites and the phrase's tokens. Seen may rise with the schedule, as the maps of
-            a sound picture do: pairs (position from 0 to 1, probability), straight lines between them.
+            that are the mean over heads, sites and the phrase's tokens.
+        look_ahead, reach: look where plain drawing leads before the first update (ours). Each image is drawn ahead in
+            `look_ahead` large steps, over `reach` of what is left of the schedule. One that has met `seen` there is left
+            alone for good; of any other, `seen` is not asked again. Costs look_ahead + 1 forwards, and what is sound is
+            not touched. 0: no look ahead.
         refine: Attend-and-Excite's refinement: pairs (position in the schedule, loss less the least it can be). At that
             position an image above that loss is updated until it is not, at most 20 times, before the ordinary update.
             As in their code, the update in which the target is found met is still made. Their thresholds for 50 steps
@@ -98,7 +102,9 @@ class MapDescent(Control):
     relative: float | None = 0.02
     updates: int = 1
     enough: float | None = None
-    seen: float | tuple[tuple[float, float], ...] | None = None
+    seen: float | None = None
+    look_ahead: int = 0
+    reach: float = 1 / 3
     refine: tuple[tuple[int, float], ...] = ()
     keep_norm: bool = False
     checkpoint: bool = False
@@ -132,10 +138,15 @@ class MapDescent(Control):
         if self.updates < 1:
             who = type(self).__name__
             raise ControlError(f"updates must be at least 1, not {self.updates}; strength=0 switches {who} off")
-        if self.seen is not None and not isinstance(self.seen, int | float):
-            self._set(seen=line_of(self.seen))
-        elif self.seen is not None and not 0 < self.seen <= 1:
+        if self.seen is not None and not 0 < self.seen <= 1:
             raise ControlError(f"seen is a probability, above 0 and up to 1, or None; not {self.seen}")
+        if self.look_ahead < 0 or not 0 < self.reach <= 1:
+            raise ControlError(
+                "look_ahead is a number of steps, and reach a part of the schedule, above 0 and up to 1; "
+                f"not {self.look_ahead}, {self.reach}"
+            )
+        if self.look_ahead and self.seen is None:
+            raise ControlError("look_ahead needs to know what to look for, such as seen=0.2")
         if self.maps not in get_args(Preparation):
             raise ControlError(f"maps are prepared as one of {', '.join(get_args(Preparation))}; not {self.maps!r}")
         check_window(self.window)
@@ -189,16 +200,16 @@ class Descent:
         self.excess = torch.full((len(start),), torch.nan, device=start.device)
         self.gradient = torch.zeros_like(self.z)
         self.peak = torch.zeros_like(self.excess)
-        seen = control.seen
-        self.level = height(seen, step.fraction) if isinstance(seen, tuple) else seen  # what `seen` is at this step
 
     def go(self) -> None:
         """All updates of the step; the latents are assigned if there were any."""
-        control, every = self.control, list(range(len(self.z)))
+        control, every = self.control, self.wanting()
+        if not every:
+            return
         self.evaluate(every)
         target = dict(control.refine).get(self.step.run.start + self.step.index)
         if target is not None:
-            self.refine(target)
+            self.refine(target, every)
         images = self.asking(every)
         for update in range(control.updates):
             if update:
@@ -209,9 +220,21 @@ class Descent:
             self.move(images)
         self.step.latents = self.z
 
-    def refine(self, target: float) -> None:
+    def wanting(self) -> list[int]:
+        """The images that the control is to act on: all, or those that a look ahead finds wanting."""
+        control, trace = self.control, self.trace
+        if not control.look_ahead:
+            return list(range(len(self.z)))
+        if trace.foreseen is None:
+            ahead = look_ahead(self.step, control.look_ahead, control.reach)
+            maps = read_maps(ahead, ahead.latents, trace.sites, trace.wanted.tokens, None, False, control.bfloat16)
+            trace.foreseen = Foreseen(self.step.index, least_seen(maps, trace.wanted))
+        assert control.seen is not None
+        return [image for image, seen in enumerate(trace.foreseen.seen.tolist()) if seen < control.seen]
+
+    def refine(self, target: float, images: list[int]) -> None:
         """Update the images above a loss until they are not. What was read last belongs to the latents as they are."""
-        running = self.above(target, list(range(len(self.z))))
+        running = self.above(target, images)
         for _ in range(ROUNDS):
             if not running:
                 return
@@ -222,7 +245,7 @@ class Descent:
 
     def asking(self, images: list[int]) -> list[int]:
         """Those of the images that have not met every target there is."""
-        enough, seen = self.control.enough, self.level
+        enough, seen = self.control.enough, None if self.control.look_ahead else self.control.seen
         if enough is None and seen is None:
             return images
         excess, peak = self.excess.tolist(), self.peak.tolist()
@@ -251,9 +274,7 @@ class Descent:
             read = {loss.name: loss.read(view) for loss in trace.terms}
             total = torch.stack([term.total for term in read.values()]).sum(0)
             gradient, finite = gradients(total, z, trace.scale[images])
-        sums = phrase_maps(tokens.detach(), own, "mean").flatten(2).amax(-1)
-        peaks = sums / own.members.sum(-1).clamp_min(1)
-        self.peak[images] = peaks.masked_fill(~own.present, torch.inf).amin(-1).to(self.peak.dtype)
+        self.peak[images] = least_seen(tokens.detach(), own).to(self.peak.dtype)
         floor = torch.stack([term.floor for term in read.values()]).sum(0)
         self.excess[images], self.gradient[images] = (total.detach() - floor).to(self.excess.dtype), gradient
         trace.skipped[images] += ~finite
@@ -276,30 +297,6 @@ class Descent:
         losses = torch.full_like(self.excess, torch.nan)
         losses[numbers] = self.excess[numbers]
         self.trace.updates.append(Update(step.index, tuple(numbers), losses, share))
-
-
-def line_of(points: Any) -> tuple[tuple[float, float], ...]:
-    """Pairs (position, probability) of a line, checked and in order.
-
-    Raises:
-        ControlError: they are not such pairs.
-    """
-    try:
-        found = tuple(sorted((float(at), float(value)) for at, value in points))
-    except (TypeError, ValueError):
-        found = ()
-    positions = {at for at, _ in found}
-    if not found or len(positions) != len(found) or not all(0 <= at <= 1 and 0 < value <= 1 for at, value in found):
-        raise ControlError(
-            "seen is a probability, or pairs (position from 0 to 1, probability), each position once, "
-            f"such as ((0, 0.07), (0.3, 0.26)); not {points!r}"
-        )
-    return found
-
-
-def height(line: Sequence[tuple[float, float]], at: float) -> float:
-    """The value of a line at a position; level before its first point and after its last."""
-    return float(np.interp(at, *zip(*line, strict=True)))
 
 
 def check_phrases(who: str, phrases: Sequence[Any], least: int, example: str) -> None:

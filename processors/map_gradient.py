@@ -193,6 +193,20 @@ def phrase_maps(maps: Tensor, wanted: Wanted, preparation: Preparation) -> Tenso
     return maps
 
 
+def least_seen(maps: Tensor, wanted: Wanted) -> Tensor:
+    """The highest probability with which a place looks at a phrase, mean over its tokens, of the phrase worst off.
+
+    Args:
+        maps: (images, tokens, height, width) probabilities.
+
+    Returns:
+        (images,).
+    """
+    members = wanted.members
+    peaks = torch.einsum("it,ipt->ip", maps.flatten(2).amax(-1), members) / members.sum(-1).clamp_min(1)
+    return peaks.masked_fill(~wanted.present, torch.inf).amin(-1)
+
+
 def blur(maps: Tensor) -> Tensor:
     """The 3 x 3 Gaussian of Attend-and-Excite's code, reflected at the borders; its true sigma is 0.5 ** 0.5.
 

@@ -53,6 +53,19 @@ class Update:
     share: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Foreseen:
+    """What a look ahead found.
+
+    Attributes:
+        step: denoiser call before which it was, from 0.
+        seen: (all images,), as for `Evaluation`, where plain drawing leads.
+    """
+
+    step: int
+    seen: Tensor
+
+
 @dataclass(eq=False)
 class Trace:
     """What a control by gradients has done in one run. Losses are less the least they can be.
@@ -63,6 +76,7 @@ class Trace:
         terms: the losses.
         scale: (images,), of the losses on their way through the model, see `map_gradient.gradients`.
         skipped: (images,), gradients that were not finite; their updates were not made.
+        foreseen: what a look ahead found, if there was one.
     """
 
     sites: tuple[Site, ...]
@@ -72,6 +86,7 @@ class Trace:
     skipped: Tensor
     evaluations: list[Evaluation] = field(default_factory=list)
     updates: list[Update] = field(default_factory=list)
+    foreseen: Foreseen | None = None
 
     @property
     def losses(self) -> list[Tensor]:
@@ -85,7 +100,8 @@ class Trace:
     def to_json(self) -> dict[str, Any]:
         """Plain data: for each step its evaluations and updates. Values per image; None is a value that is not there.
 
-        `forwards` counts extra forwards, `image_forwards` the images in them.
+        `forwards` counts extra forwards with gradients, `image_forwards` the images in them; a look ahead is not among
+        them.
         """
         labels = {term.name: list(term.labels) for term in self.terms}
 
@@ -104,8 +120,10 @@ class Trace:
             {"step": step, "evaluations": [evaluation(one) for one in same], "updates": updates.get(step, [])}
             for step, same in groupby(self.evaluations, lambda one: one.step)
         ]
+        ahead = self.foreseen
         return {
             "sites": [site.name for site in self.sites],
+            "look_ahead": None if ahead is None else {"step": ahead.step, "seen": _plain(ahead.seen)},
             "forwards": len(self.evaluations),
             "image_forwards": sum(len(one.images) for one in self.evaluations),
             "updates": len(self.updates),
@@ -115,7 +133,7 @@ class Trace:
 
     def __str__(self) -> str:
         if not self.updates:
-            return "no update"
+            return "no update" if self.foreseen is None else "no update, for all phrases are seen ahead"
         first, last = (
             ", ".join(f"{value:.3g}" for value in one.losses.tolist()) for one in (self.updates[0], self.updates[-1])
         )
