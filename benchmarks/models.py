@@ -9,12 +9,14 @@ import transformers
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from transformers import (
@@ -69,6 +71,21 @@ def sd15() -> Any:
     )  # fmt: skip
 
 
+def sdxl() -> Any:
+    """The UNet of Stable Diffusion XL: 2,570 M parameters."""
+    unet = UNet2DConditionModel(
+        sample_size=128, block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10), use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+    ).eval()  # fmt: skip
+    return StableDiffusionXLPipeline(
+        unet=unet, vae=_vae(4), text_encoder=_clip(768), tokenizer=build_tokenizer(), text_encoder_2=_clip(1280, True),
+        tokenizer_2=build_tokenizer(), scheduler=EulerDiscreteScheduler(steps_offset=1), add_watermarker=False,
+    )  # fmt: skip
+
+
 def sd3(layers: int = 2) -> Any:
     """Stable Diffusion 3 medium, of whose 24 layers it has `layers`."""
     tokenizer, encoder = _t5()
@@ -93,6 +110,7 @@ def flux(double: int = 1, single: int = 1) -> Any:
 MODELS: dict[str, tuple[Callable[[], Any], int, int]] = {
     "glyph-sd": (glyph_sd, 128, 20),
     "sd15": (sd15, 512, 1),
+    "sdxl": (sdxl, 512, 1),
     "sd3": (sd3, 512, 1),
     "flux": (flux, 512, 1),
 }

@@ -22,7 +22,8 @@ class AStar(MapDescent):
     Segregation and Retention attached side by side would make two updates a step, each with a forward of its own.
 
     Args:
-        phrases: the things of the picture; every two are kept apart, except a noun and its own modifier.
+        phrases: the things of the picture, best with their colours, as "red car"; every two are kept apart, except a
+            noun and its own modifier.
         bonds: modifiers and their nouns, such as ("red car",), see `Binding`: adds its loss (not in the paper).
         masks: regions for phrases, see `Retention`.
         rule, share: how masks are made of maps, see `Retention`.
@@ -56,9 +57,9 @@ class AStar(MapDescent):
 
     def losses(self) -> list[Loss]:
         found: list[Loss] = []
-        pairs = every_pair(self.phrases, [ends(bond) for bond in self.bonds])
-        if self.segregation and pairs:
-            found.append(Apart(pairs, self.segregation))
+        bonds = [ends(bond) for bond in self.bonds]
+        if self.segregation and every_pair(self.phrases, bonds):
+            found.append(Apart(self.phrases, bonds, self.segregation))
         if self.retention:
             placed = (*self.phrases, *(phrase for phrase, _ in self.masks))
             found.append(Keep(placed, self.masks, self.rule, self.share, self.retention))

@@ -74,11 +74,11 @@ class MapDescent(Control):
         enough, seen: targets (ours). An image that has met those there are is left out of what updates the step has
             left; with neither, every image gets all updates. Enough is met when the loss, less the least it can be, is
             no more than it; seen, a probability, when every phrase has a place that looks at it with that much, in maps
-            that are the mean over heads, sites and the phrase's tokens.
+            that are the mean over heads and sites; of several words the mean.
         look_ahead, reach: look where plain drawing leads before the first update (ours). Each image is drawn ahead in
-            `look_ahead` large steps, over `reach` of what is left of the schedule. One that has met `seen` there is left
-            alone for good; of any other, `seen` is not asked again. Costs look_ahead + 1 forwards, and what is sound is
-            not touched. 0: no look ahead.
+            `look_ahead` large steps, over `reach` of what is left of the schedule. One that has met `seen` there is
+            left alone for good; of any other, `seen` is not asked again. Costs look_ahead + 1 forwards, and what is
+            sound is not touched. 0: no look ahead.
         refine: Attend-and-Excite's refinement: pairs (position in the schedule, loss less the least it can be). At that
             position an image above that loss is updated until it is not, at most 20 times, before the ordinary update.
             As in their code, the update in which the target is found met is still made. Their thresholds for 50 steps

@@ -103,19 +103,16 @@ class OfPairs(Loss):
 
     def begin(self, run: Run, names: tuple[str, ...], texts: Sequence[tuple[TextStream, ...]], found: Wanted) -> Tensor:
         self.pairs = [(names.index(one), names.index(other)) for one, other in self.named]
-        self.present = found.present
-        return self.both(self.present).any(-1)
-
-    def both(self, present: Tensor) -> Tensor:
-        """(images, phrases) -> (images, pairs): which pairs an image has."""
-        return torch.stack([present[:, one] & present[:, other] for one, other in self.pairs], -1)
+        first, second = zip(*self.pairs, strict=True)
+        self.present = found.present[:, first] & found.present[:, second]  # (images, pairs)
+        return self.present.any(-1)
 
 
 class OfPhrases(Loss):
-    """A loss whose parts are phrases."""
+    """A loss whose parts are phrases; one that is part of a longer one does not count."""
 
     def begin(self, run: Run, names: tuple[str, ...], texts: Sequence[tuple[TextStream, ...]], found: Wanted) -> Tensor:
         self.labels = self.phrases
         self.columns = [names.index(phrase) for phrase in self.phrases]
-        self.present = found.present[:, self.columns]
+        self.present = found.whole(self.columns)
         return self.present.any(-1)

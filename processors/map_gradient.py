@@ -17,7 +17,7 @@ from torch import Tensor
 from attnctl.control import AttentionCall
 from attnctl.errors import PhraseError
 from attnctl.maps import call_maps, check_rows, join_grids
-from attnctl.prompts import TextStream, positions, text_rows
+from attnctl.prompts import NUMBERED, TextStream, positions, text_rows
 from attnctl.run import Step
 from attnctl.sites import Site
 
@@ -35,24 +35,36 @@ class Wanted:
         tokens: (images, tokens) text rows; short lists are filled up with row 0.
         real: (images, tokens), False where it was filled up.
         members: (images, phrases, tokens), 1 where a token is part of a phrase.
+        words: (images, phrases, words, tokens), 1 where a token is part of that word of a phrase; 0 beyond the last.
     """
 
     tokens: Tensor
     real: Tensor
     members: Tensor
+    words: Tensor
 
     @property
     def present(self) -> Tensor:
         """(images, phrases), True where the image's prompt has the phrase."""
         return self.members.any(dim=-1)
 
+    def whole(self, columns: Sequence[int] | None = None) -> Tensor:
+        """(images, columns), True where the image has the phrase and it is no part of a longer one among `columns`.
+
+        So "car" does not count in "a red car" if "red car" is asked for too; in another prompt of the batch it may.
+        """
+        members = self.members if columns is None else self.members[:, list(columns)]
+        sizes, shared = members.sum(-1), members @ members.mT
+        part = (shared == sizes[:, :, None]) & (sizes[:, :, None] < sizes[:, None])
+        return members.any(-1) & ~part.any(-1)
+
     def to(self, device: torch.device) -> Wanted:
-        return Wanted(self.tokens.to(device), self.real.to(device), self.members.to(device))
+        return Wanted(*(x.to(device) for x in (self.tokens, self.real, self.members, self.words)))
 
     def pick(self, images: Sequence[int]) -> Wanted:
         """The same of some of the images."""
         numbers = list(images)
-        return Wanted(self.tokens[numbers], self.real[numbers], self.members[numbers])
+        return Wanted(*(x[numbers] for x in (self.tokens, self.real, self.members, self.words)))
 
 
 def wanted(texts: Sequence[tuple[TextStream, ...]], phrases: Sequence[str], columns: Columns) -> Wanted:
@@ -83,12 +95,15 @@ def wanted(texts: Sequence[tuple[TextStream, ...]], phrases: Sequence[str], colu
     rows = [_columns(text, image, columns) for text, image in zip(texts, places, strict=True)]
     most = max(map(len, rows))
     members = torch.zeros(len(rows), len(phrases), most)
-    for i, image in enumerate(places):
-        for j, found in enumerate(image):
+    words = torch.zeros(len(rows), len(phrases), max(len(phrase.split()) for phrase in phrases), most)
+    for i, (text, image) in enumerate(zip(texts, places, strict=True)):
+        for j, (phrase, found) in enumerate(zip(phrases, image, strict=True)):
             members[i, j, [rows[i].index(row) for row in found]] = 1.0
+            for k, word in enumerate(words_of(text, phrase, found)):
+                words[i, j, k, [rows[i].index(row) for row in word]] = 1.0
     tokens = torch.tensor([one + [0] * (most - len(one)) for one in rows])
     real = torch.arange(most) < torch.tensor([len(one) for one in rows])[:, None]
-    return Wanted(tokens, real, members)
+    return Wanted(tokens, real, members, words)
 
 
 def _columns(text: tuple[TextStream, ...], found: list[list[int]], columns: Columns) -> list[int]:
@@ -99,6 +114,19 @@ def _columns(text: tuple[TextStream, ...], found: list[list[int]], columns: Colu
     if columns == "padded":
         return sorted(own | {one.offset + row for one in text for row in range(1, one.length - 1)})
     return sorted(own)
+
+
+def words_of(text: tuple[TextStream, ...], phrase: str, rows: Sequence[int]) -> list[list[int]]:
+    """The rows of a phrase, word by word; all of them as one where its words cannot be told apart."""
+    numbered = NUMBERED.fullmatch(phrase)
+    found = []
+    for word in (numbered[1] if numbered else phrase).split():
+        try:
+            own = set(positions(text, word)).intersection(rows)
+        except PhraseError:
+            own = set()
+        found.append(sorted(own))
+    return found if rows and all(found) else [list(rows)]
 
 
 def default_sites(sites: Sequence[Site]) -> tuple[Site, ...]:
@@ -194,7 +222,9 @@ def phrase_maps(maps: Tensor, wanted: Wanted, preparation: Preparation) -> Tenso
 
 
 def least_seen(maps: Tensor, wanted: Wanted) -> Tensor:
-    """The highest probability with which a place looks at a phrase, mean over its tokens, of the phrase worst off.
+    """The highest probability with which a place looks at a phrase, mean over its words, of the phrase worst off.
+
+    The tokens of a word are summed. A phrase that is part of a longer one does not count.
 
     Args:
         maps: (images, tokens, height, width) probabilities.
@@ -202,9 +232,10 @@ def least_seen(maps: Tensor, wanted: Wanted) -> Tensor:
     Returns:
         (images,).
     """
-    members = wanted.members
-    peaks = torch.einsum("it,ipt->ip", maps.flatten(2).amax(-1), members) / members.sum(-1).clamp_min(1)
-    return peaks.masked_fill(~wanted.present, torch.inf).amin(-1)
+    words = wanted.words
+    peaks = torch.einsum("itc,ipwt->ipwc", maps.flatten(2), words).amax(-1)
+    means = peaks.sum(-1) / words.any(-1).sum(-1).clamp_min(1)
+    return means.masked_fill(~wanted.whole(), torch.inf).amin(-1)
 
 
 def blur(maps: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ defaults are ours, and Attend-and-Excite's choices are `maps="attend-and-excite"
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations, product
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -26,23 +26,38 @@ Pair = tuple[str, str]
 
 
 class Apart(OfPairs):
-    """`segregation_loss` of pairs of phrases."""
+    """`segregation_loss` of pairs of phrases.
+
+    Of phrases that were named by themselves, an image leaves out those that are part of a longer one; of any pair, it
+    takes none whose phrases share a word.
+    """
 
     name = "segregation"
 
+    def __init__(self, phrases: Sequence[str | Pair], bonds: Sequence[Pair] = (), weight: float = 1.0) -> None:
+        super().__init__(every_pair(phrases, bonds), weight)
+        self.alone = {phrase for phrase in phrases if isinstance(phrase, str)}
+        self.chosen = {phrase for phrase in phrases if not isinstance(phrase, str)}
+
     def begin(self, run: Run, names: tuple[str, ...], texts: Sequence[tuple[TextStream, ...]], found: Wanted) -> Tensor:
         useful = super().begin(run, names, texts, found)
-        both = self.both(found.present).tolist()
-        for image, (number, (m, n)) in product(range(run.images), enumerate(self.pairs)):
-            if both[image][number] and torch.equal(found.members[image, m], found.members[image, n]):
-                raise ControlError(
-                    f"{names[m]!r} and {names[n]!r} cannot be kept apart: they are the same words of the prompt"
-                )
+        alone = [column for column, name in enumerate(names) if name in self.alone]
+        whole = found.present.clone()
+        whole[:, alone] = found.whole(alone)
+        for number, (pair, (m, n)) in enumerate(zip(self.named, self.pairs, strict=True)):
+            shared = (found.members[:, m] * found.members[:, n]).any(-1)
+            here = ~shared if pair in self.chosen else ~shared & whole[:, m] & whole[:, n]
+            same = shared & (found.members[:, m] == found.members[:, n]).all(-1)
+            lost = self.present[:, number] & shared
+            self.present[:, number] &= here
+            if same.any() or (lost & ~self.present.any(-1)).any():
+                one, other = pair
+                raise ControlError(f"{one!r} and {other!r} cannot be kept apart: they share words of the prompt")
         return useful
 
     def parts(self, view: View) -> tuple[Tensor, Tensor]:
-        present = self.present[view.images].to(view.maps.device)
-        return segregation_parts(view.maps, self.pairs, present), self.both(present)
+        counts = self.present[view.images].to(view.maps.device)
+        return torch.where(counts, segregation_parts(view.maps, self.pairs), 0.0), counts
 
 
 def every_pair(phrases: Sequence[str | Pair], bonds: Sequence[Pair] = ()) -> list[Pair]:
@@ -57,8 +72,9 @@ def every_pair(phrases: Sequence[str | Pair], bonds: Sequence[Pair] = ()) -> lis
 class Segregation(MapDescent):
     """Keeps the maps of phrases apart: before each step, the latents move down the gradient of `segregation_loss`.
 
-    An image of a batch uses the phrases that its own prompt has. A noun and its adjective are not a pair unless you
-    name both: of "a red car and a cat", say Segregation("car", "cat").
+    An image of a batch uses the phrases that its own prompt has. A noun and its adjective are never a pair: of "a red
+    car and a cat", say Segregation("red car", "cat"), or "car" and "cat". Phrases that share a word are none, and where
+    a prompt has "red car", the shorter phrase "car" is not asked for again.
 
     Args:
         phrases: what to keep apart; every two of them are a pair. Or pairs, each a tuple of two phrases.
@@ -81,4 +97,4 @@ class Segregation(MapDescent):
         super().check()
 
     def losses(self) -> list[Loss]:
-        return [Apart(every_pair(self.phrases))]
+        return [Apart(self.phrases)]

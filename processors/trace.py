@@ -25,8 +25,8 @@ class Evaluation:
         images: which images it ran, by number.
         parts: loss -> (images, parts), each less the least it can be; NaN where an image has no such part.
         excess: (images,), the sum of all losses, weighted, less the least it can be.
-        seen: (images,), the highest probability with which a place looks at a phrase, mean over its tokens, of the phrase
-            where it is least.
+        seen: (images,), the highest probability with which a place looks at a phrase, mean over its words, of the
+            phrase where it is least.
     """
 
     step: int

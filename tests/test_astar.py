@@ -10,6 +10,7 @@ from attnctl import attach
 from attnctl.errors import ControlError, PhraseError
 from attnctl.processors import AStar, Binding, Control, Excitation, Retention, Segregation, TokenMaps
 from attnctl.processors.losses import binarise, binding_loss, retention_loss, segregation_loss
+from attnctl.processors.map_gradient import Wanted
 from attnctl.processors.retention import Keep
 
 TEXTS = ["a cat and a red dog", "a red dog and a cat"]
@@ -99,7 +100,10 @@ def test_weights_and_phrases_are_checked():
 def keep_of(images=2, **settings):
     keep = Keep(("cat", "dog"), **settings)
     run = SimpleNamespace(pipe=SimpleNamespace(vae_scale_factor=2), latent_size=(16, 24))
-    found = SimpleNamespace(present=torch.ones(images, 2, dtype=torch.bool))
+    rows = torch.tensor([[2, 5]]).expand(images, 2)
+    found = Wanted(
+        rows, torch.ones_like(rows, dtype=torch.bool), torch.eye(2).expand(images, 2, 2), torch.eye(2)[None, :, None]
+    )
     keep.begin(run, ("cat", "dog"), [], found)
     return keep
 

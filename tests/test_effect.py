@@ -111,7 +111,7 @@ def test_setting_holds_what_decides_results(part):
     assert setting["versions"].keys() == {"attnctl", "torch", "diffusers", "transformers"}
     assert setting["conditions"]["none"] == []
     (control,) = setting["conditions"]["segregation"]
-    assert control.startswith("Segregation(phrases=((") and "relative=0.02" in control
+    assert control.startswith("Segregation(phrases=(") and "look_ahead=2" in control
 
 
 def test_further_conditions_and_seeds_join_a_folder(part, run, drawn):
@@ -173,7 +173,7 @@ def test_a_folder_in_use_is_refused(part, drawn):
     [
         (("--out", "file"), "file is a file, not a folder"),
         (("--out", "/proc/x"), "/proc cannot be written"),
-        (("--controls", "none", "nope"), "no condition 'nope'; there are none, excitation, segregation,"),
+        (("--controls", "none", "nope"), "no condition 'nope'; there are none, attend-and-excite,"),
         (("--steps", "0"), "--steps"),
         (("stray",), "stray"),
         (("--controls",), "requires an argument"),

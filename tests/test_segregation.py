@@ -413,5 +413,31 @@ def test_phrases_that_are_the_same_words_are_refused(phrases):
     import tiny
 
     pipe = tiny.sd1()
-    with attach(pipe, Segregation(*phrases)), pytest.raises(ControlError, match="the same words of the prompt"):
+    with attach(pipe, Segregation(*phrases)), pytest.raises(ControlError, match="share words of the prompt"):
         pipe("a cat and a dog", num_inference_steps=1, height=16, width=16)
+
+
+def test_a_phrase_that_is_part_of_a_longer_one_is_not_asked_for_again():
+    """So a picture does not depend on what the other prompts of its batch are called."""
+    import tiny
+
+    pipe, texts = tiny.sd1(), ["a red cat and a dog", "a cat and a dog"]
+    together = Segregation("red cat", "cat", "dog", maps="share")
+    with attach(pipe, together) as attachment:
+        both = tiny.draw(pipe, texts)
+    trace = attachment.run.state(together)
+    pairs, values = trace.terms[0].labels, trace.evaluations[0].parts["segregation"]
+    assert pairs == ("red cat | cat", "red cat | dog", "cat | dog")
+    assert values.isnan().tolist() == [[True, False, True], [True, True, False]]
+    for k, (text, phrases) in enumerate(zip(texts, (("red cat", "dog"), ("cat", "dog")), strict=True)):
+        with attach(pipe, Segregation(*phrases)):
+            torch.testing.assert_close(tiny.draw(pipe, text, seed=k)[0], both[k], atol=1e-4, rtol=1e-3)
+    pairs_of_his_own = Segregation(("cat", "dog"), ("red cat", "dog"))
+    with attach(pipe, pairs_of_his_own) as attachment:
+        tiny.draw(pipe, texts[0])
+    assert not attachment.run.state(pairs_of_his_own).evaluations[0].parts["segregation"].isnan().any()
+    with (
+        pytest.raises(ControlError, match="'red cat' and 'cat' cannot be kept apart"),
+        attach(pipe, Segregation("red cat", "cat")),
+    ):
+        tiny.draw(pipe, texts[0])
