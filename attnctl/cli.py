@@ -210,8 +210,8 @@ def _read_control(prompt: str) -> str:
 
     subjects = read_subjects(prompt)
     if len(subjects) < 2:
-        raise UsageError(f"--subjects auto: the prompt names one thing, {subjects[0].phrase!r}; two are kept apart")
-    chosen = write_control("segregation", *(subject.phrase for subject in subjects))
+        raise UsageError(f"--subjects auto: the prompt names one thing, {subjects[0].whole!r}; two are kept apart")
+    chosen = write_control("segregation", *(subject.whole for subject in subjects))
     print(f"attnctl: the prompt names {', '.join(map(str, subjects))}: {chosen}", file=sys.stderr)
     return chosen
 

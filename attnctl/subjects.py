@@ -35,13 +35,15 @@ class Subject:
     Attributes:
         phrase: its noun, or nouns ("teddy bear"); numbered, as "cat#2", if the prompt has it several times.
         modifiers: the adjectives before it, as phrases.
+        whole: from its first modifier to its noun: "red car".
     """
 
     phrase: str
-    modifiers: tuple[str, ...] = ()
+    modifiers: tuple[str, ...]
+    whole: str
 
     def __str__(self) -> str:
-        return " ".join((*self.modifiers, self.phrase))
+        return self.whole
 
 
 def read_subjects(prompt: str) -> tuple[Subject, ...]:
@@ -61,9 +63,13 @@ def read_subjects(prompt: str) -> tuple[Subject, ...]:
     chosen = [one for one in found if one.determined] or found
     if not chosen:
         raise PhraseError(f"no noun was found in the prompt {prompt!r}: name the subjects instead")
-    return tuple(
-        Subject(_numbered(prompt, *one.noun), tuple(_numbered(prompt, *m) for m in one.modifiers)) for one in chosen
-    )
+
+    def subject(one: _NounPhrase) -> Subject:
+        first = one.modifiers[0] if one.modifiers else one.noun
+        modifiers = tuple(_numbered(prompt, *modifier) for modifier in one.modifiers)
+        return Subject(_numbered(prompt, *one.noun), modifiers, _numbered(prompt, first[0], one.noun[1]))
+
+    return tuple(map(subject, chosen))
 
 
 Span = tuple[int, int]  # first character, one past the last

@@ -64,8 +64,9 @@ class AStarPipeline:
 
         Args:
             prompt: what to draw. In a list, each picture goes by the subjects that its own prompt has.
-            subjects: the things to keep apart and in place, two phrases or more of the prompt. "auto" reads them and
-                their modifiers from the prompt, see `attnctl.subjects`; that needs the extra "subjects".
+            subjects: the things to keep apart and in place, two phrases or more of the prompt, best with their colours,
+                as "red car". "auto" reads them and their modifiers from the prompt, see `attnctl.subjects`; that needs
+                the extra "subjects".
             modifiers: noun -> its modifier or modifiers: binds them, see `Binding`. None: those that "auto" reads.
             masks: subject -> region it is to be in, see `Retention`.
             maps: record the maps of the prompt's words, for `maps` of what is returned.
@@ -82,10 +83,11 @@ class AStarPipeline:
         """
         if subjects == "auto":
             read = [one for text in ([prompt] if isinstance(prompt, str) else prompt) for one in read_subjects(text)]
-            subjects = tuple(dict.fromkeys(one.phrase for one in read))
+            subjects = tuple(dict.fromkeys(one.whole for one in read))
             if modifiers is None:
                 modifiers = {
-                    phrase: [m for one in read if one.phrase == phrase for m in one.modifiers] for phrase in subjects
+                    noun: [m for one in read if one.phrase == noun for m in one.modifiers]
+                    for noun in {one.phrase: None for one in read}
                 }
         elif isinstance(subjects, str):
             raise ControlError(f"subjects are several phrases, or 'auto'; not {subjects!r}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
 from attnctl.errors import ControlError
@@ -28,7 +29,8 @@ class Keep(OfPhrases):
     """`retention_loss` of phrases.
 
     A phrase's mask is the high part of its map as it was last read in the step before, or a region given for it.
-    Without a region a phrase has no mask, and no loss, until a step is over. Steps are counted as calls of the
+    Without a region a phrase has no mask, and no loss, until a step is over; where a part of it has a region, as the
+    "cat" of "black cat" may, that alone counts. Steps are counted as calls of the
     denoiser, since a scheduler may repeat a timestep.
     """
 
@@ -47,7 +49,14 @@ class Keep(OfPhrases):
     def begin(self, run: Run, names: tuple[str, ...], texts: Sequence[tuple[TextStream, ...]], found: Wanted) -> Tensor:
         factor = int(getattr(run.pipe, "vae_scale_factor", 8))
         self.picture = run.latent_size[0] * factor, run.latent_size[1] * factor
-        return super().begin(run, names, texts, found)
+        super().begin(run, names, texts, found)
+        members = found.members[:, self.columns]
+        placed = torch.tensor([phrase in self.regions for phrase in self.phrases]) & members.any(
+            -1
+        )  # (images, phrases)
+        within = members @ members.mT == members.sum(-1)[:, None]  # the second phrase is all in the first
+        self.present = placed | (self.present & ~(within & placed[:, None]).any(-1))
+        return self.present.any(-1)
 
     def begin_step(self, index: int) -> None:
         if index != self.step and self.latest is not None:

@@ -289,3 +289,16 @@ def test_every_family_takes_every_preparation(preparation):
         trace = trace_of(other, control, steps=2)
         assert all(one.excess.isfinite().all() for one in trace.evaluations) and not trace.skipped.any()
         assert all((update.share > 0).all() for update in trace.updates)
+
+
+def test_a_region_for_a_noun_counts_where_the_phrase_is_longer():
+    pipe, texts = tiny.sd1(), ["a red cat and a dog", "a cat and a dog"]
+    control = AStar("red cat", "cat", "dog", masks={"cat": (0, 0, 0.5, 1)})
+    with attach(pipe, control) as attachment:
+        tiny.draw(pipe, texts)
+    trace = attachment.run.state(control)
+    keep = next(term for term in trace.terms if term.name == "retention")
+    assert keep.phrases == ("red cat", "cat", "dog")
+    first, later = trace.evaluations[0].parts["retention"], trace.evaluations[-1].parts["retention"]
+    assert first.isnan().tolist() == [[True, False, True], [True, False, True]]  # only the region is there at once
+    assert later.isnan().tolist() == [[True, False, False], [True, False, False]]

@@ -340,8 +340,8 @@ def test_a_trace_of_a_control_without_losses_has_no_curves(generate):
 def test_subjects_are_read_from_the_prompt(generate, monkeypatch):
     monkeypatch.setattr(cli, "known_controls", KNOWN)
     code, out, err = generate("--subjects", "auto", "--steps", 1, prompt="a red cat and a dog")
-    assert code == 0 and err == ["attnctl: the prompt names red cat, dog: segregation(cat, dog)"]
-    assert recipe.read(Path(out[-1]))[1].controls == ("segregation(cat, dog)",)
+    assert code == 0 and err == ["attnctl: the prompt names red cat, dog: segregation(red cat, dog)"]
+    assert recipe.read(Path(out[-1]))[1].controls == ("segregation(red cat, dog)",)
     code, _, err = generate("--subjects", "auto", prompt="a cat")
     assert code == 2 and "names one thing, 'cat'" in err[0]
 
