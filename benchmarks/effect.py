@@ -57,8 +57,8 @@ def bonds(prompts: Sequence[Prompt]) -> list[str]:
     return sorted({f"{colour} {concept}" for prompt in prompts for concept, colour in prompt.things if colour})
 
 
-# Chosen on the development half. With look_ahead, a picture is touched only if two large plain steps show a thing that the
-# model hardly looks at. "seen" tells sound pictures of glyph-sd from others; another model's words get other values.
+# Chosen on the development half. With look_ahead, a picture is touched only if two large plain steps show a thing that
+# the model hardly looks at. "seen" tells sound pictures of glyph-sd from others; for another model it is another.
 SET: dict[str, Any] = {"look_ahead": 2, "seen": 0.24, "window": (0.0, 0.5), "relative": 0.03}
 # Attend-and-Excite as published, its thresholds at the same parts of 20 steps as of 50.
 THEIRS: dict[str, Any] = {"relative": None, "window": (0.0, 0.5), "refine": {0: 0.95, 4: 0.5, 8: 0.2}}
