@@ -9,6 +9,7 @@ A-STAR: Test-time Attention Segregation and Retention (Agarwal et al., ICCV 2023
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,8 +48,16 @@ class AStarPipeline:
 
     @classmethod
     def from_pretrained(cls, model: str | Path, **options: Any) -> AStarPipeline:
-        """Around a pipeline by its embedded name, folder or hub id; `options` as for `attnctl.load`."""
-        return cls(load(model, **options))
+        """Around a pipeline by its embedded name, folder or hub id.
+
+        Args:
+            model: the name, folder or id.
+            options: settings of the control, as for `from_pipe`; the others as for `attnctl.load`.
+        """
+        known = {one.name for one in fields(AStar)} - {"phrases"}
+        settings = {name: options.pop(name) for name in known.intersection(options)}
+        AStar("one", "other", **settings)  # before anything is loaded
+        return cls(load(model, **options), **settings)
 
     def __call__(
         self,

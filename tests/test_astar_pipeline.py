@@ -52,5 +52,9 @@ def test_errors_come_early_and_in_words():
 def test_from_pretrained_takes_an_embedded_name(monkeypatch):
     asked = {}
     monkeypatch.setattr("attnctl.pipelines.astar.load", lambda model, **options: asked.update(options, model=model))
-    AStarPipeline.from_pretrained("glyph-sd", device="cpu")
-    assert asked == {"model": "glyph-sd", "device": "cpu"}
+    astar = AStarPipeline.from_pretrained("glyph-sd", device="cpu", look_ahead=2, seen=0.2)
+    assert asked == {"model": "glyph-sd", "device": "cpu"} and astar.settings == {"look_ahead": 2, "seen": 0.2}
+    asked.clear()
+    with pytest.raises(ControlError, match="look_ahead needs to know"):
+        AStarPipeline.from_pretrained("glyph-sd", look_ahead=2)
+    assert not asked
