@@ -46,3 +46,13 @@ def test_maps_of_the_readme(tmp_path, monkeypatch):
     exec(block("TokenMaps"), names)
     assert names["run"].maps["cat"].shape[0] == 1 and (tmp_path / "maps.png").exists()
     assert isinstance(names["run"].maps["cat"], torch.Tensor)
+
+
+@pytest.mark.slow
+def test_the_pipeline_of_a_star():
+    scope = {}
+    exec(block("AStarPipeline"), scope)
+    output = scope["output"]
+    assert output.subjects == ("red car", "cat")
+    (told,) = output.report.to_json()["traces"]
+    assert len(told["look_ahead"]["seen"]) == 1
