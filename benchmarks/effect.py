@@ -47,7 +47,7 @@ def nouns(prompts: Sequence[Prompt]) -> list[str]:
     return sorted({concept for prompt in prompts for concept, _ in prompt.things})
 
 
-def things(prompts: Sequence[Prompt]) -> list[str]:
+def subjects(prompts: Sequence[Prompt]) -> list[str]:
     """The same, with their colours: "red car"."""
     return sorted({f"{colour} {concept}" if colour else concept for p in prompts for concept, colour in p.things})
 
@@ -66,12 +66,12 @@ THEIRS: dict[str, Any] = {"relative": None, "window": (0.0, 0.5), "refine": {0: 
 CONDITIONS: dict[str, Callable[[Sequence[Prompt]], list[Control]]] = {
     "none": lambda prompts: [],
     "attend-and-excite": lambda prompts: [attnctl.processors.Excitation(*nouns(prompts), **THEIRS)],
-    "excitation": lambda prompts: [attnctl.processors.Excitation(*things(prompts), **SET)],
-    "segregation": lambda prompts: [attnctl.processors.Segregation(*things(prompts), **SET)],
-    "retention": lambda prompts: [attnctl.processors.Retention(*things(prompts), **SET)],
-    "astar": lambda prompts: [attnctl.processors.AStar(*things(prompts), retention=0.03, **SET)],
+    "excitation": lambda prompts: [attnctl.processors.Excitation(*subjects(prompts), **SET)],
+    "segregation": lambda prompts: [attnctl.processors.Segregation(*subjects(prompts), **SET)],
+    "retention": lambda prompts: [attnctl.processors.Retention(*subjects(prompts), **SET)],
+    "astar": lambda prompts: [attnctl.processors.AStar(*subjects(prompts), retention=0.03, **SET)],
     "astar-binding": lambda prompts: [
-        attnctl.processors.AStar(*things(prompts), retention=0.03, bonds=bonds(prompts), binding=0.5, **SET)
+        attnctl.processors.AStar(*subjects(prompts), retention=0.03, bonds=bonds(prompts), binding=0.5, **SET)
     ],
 }
 """A condition gets the prompts of a batch. Phrases are those of all; an image ignores what its prompt does not have."""
@@ -107,12 +107,13 @@ def half(prompts: Sequence[Prompt], name: Half) -> list[int]:
     return [k for k, first in enumerate(even) if name is Half.all or first == (name is Half.development)]
 
 
-def subset(prompts: Sequence[Prompt], each: int = 8) -> list[int]:
-    """`each` prompts of every category, evenly spread, so 24."""
+def subset(prompts: Sequence[Prompt], among: Sequence[int] | None = None, each: int = 8) -> list[int]:
+    """`each` prompts of every category, evenly spread, or all where there are fewer: of these prompts, or of all."""
     picked = []
     for category in CATEGORIES:
-        own = [k for k, prompt in enumerate(prompts) if prompt.category == category]
-        picked += [own[(2 * k + 1) * len(own) // (2 * each)] for k in range(each)]
+        own = [k for k in (range(len(prompts)) if among is None else among) if prompts[k].category == category]
+        many = min(each, len(own))
+        picked += [own[(2 * k + 1) * len(own) // (2 * many)] for k in range(many)]
     return picked
 
 
@@ -297,7 +298,7 @@ def contact_sheet(prompts: Sequence[Prompt], cases: Sequence[Case], done: dict[s
     """A row per condition for each of 24 prompts, the first seed; a frame tells right (green) from wrong (red)."""
     conditions = list(dict.fromkeys(case.condition for case in cases))
     first = min(case.seed for case in cases)
-    shown = [k for k in subset(prompts) if any(case.prompt == k for case in cases)]
+    shown = subset(prompts, sorted({case.prompt for case in cases}))
     side, text, columns = 128, 30, 8
     rows = -(-len(shown) // columns)
     page = Image.new("RGB", (columns * (side + 8), rows * (len(conditions) * (side + 8) + text)), "white")
