@@ -23,6 +23,8 @@ from unittest.mock import patch
 import diffusers
 import torch
 from models import MODELS, build
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -30,6 +32,7 @@ import attnctl
 from attnctl import gradient
 from attnctl.processors import AStar, Excitation
 
+WIDTH = 120  # characters of the table of results
 PROMPT, WORDS = "a cat and a dog", ("cat", "dog")
 STEPS = {"sd15": 2}
 """Denoising steps of one run; of other models as in `models.MODELS`."""
@@ -176,8 +179,9 @@ def row(setting: str, found: dict[str, list[Sample]]) -> dict[str, Any]:
     return figures
 
 
-def table(measured: list[dict[str, Any]]) -> Table:
-    page = Table(title="medians; cost is the time beyond the plain run")
+def show(measured: list[dict[str, Any]], console: Console) -> None:
+    """A row per setting."""
+    page = Table(title="medians; cost is the time beyond the plain run", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in (
         "model",
         "setting",
@@ -188,12 +192,14 @@ def table(measured: list[dict[str, Any]]) -> Table:
         "whole / theirs",
         "memory / theirs",
     ):
-        page.add_column(column, justify="left" if column in ("model", "setting") else "right")
+        page.add_column(column, no_wrap=True, justify="left" if column in ("model", "setting") else "right")
     for one in measured:
-        for figures in one["rows"]:
+        page.add_section()
+        for number, figures in enumerate(one["rows"]):
             ratios = [figures.get(name) for name in ("cost to theirs", "whole to theirs", "memory to theirs")]
             page.add_row(
-                one["model"], figures["setting"], f"{figures['seconds']:.1f} s", f"{figures['whole']:.2f}",
-                f"{figures['mebibytes']:,.0f} MiB", *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+                "" if number else one["model"], figures["setting"], f"{figures['seconds']:.1f} s",
+                f"{figures['whole']:.2f}", f"{figures['mebibytes']:,.0f} MiB",
+                *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
             )  # fmt: skip
-    return page
+    Console(width=max(WIDTH, console.width)).print(page)  # rather wrapped by a narrow terminal than cut short

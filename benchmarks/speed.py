@@ -139,7 +139,7 @@ def main(
     if found:
         console.print(table)
     if guidance:
-        console.print(guided.table(guidance))
+        guided.show(guidance, console)
     console.print(f"{machine()}", str(out), sep="\n")
 
 
