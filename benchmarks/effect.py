@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from typing import Annotated, Any, NoReturn, TextIO
 
 import torch
 import typer
+from conditions import CONDITIONS
 from measures import paired, rate
 from PIL import Image, ImageDraw, ImageFont
 from rich.box import SIMPLE_HEAD
@@ -40,41 +42,6 @@ from attnctl.recipe import installed_versions, weights_hash
 
 WIDTH = 96  # characters of the table of results
 CATEGORIES = ("animals", "animal-object", "objects")
-
-
-def nouns(prompts: Sequence[Prompt]) -> list[str]:
-    """The things of all prompts; an image ignores those that its prompt does not have."""
-    return sorted({concept for prompt in prompts for concept, _ in prompt.things})
-
-
-def subjects(prompts: Sequence[Prompt]) -> list[str]:
-    """The same, with their colours: "red car"."""
-    return sorted({f"{colour} {concept}" if colour else concept for p in prompts for concept, colour in p.things})
-
-
-def bonds(prompts: Sequence[Prompt]) -> list[str]:
-    """Only those that have colours."""
-    return sorted({f"{colour} {concept}" for prompt in prompts for concept, colour in prompt.things if colour})
-
-
-# Chosen on the development half. With look_ahead, a picture is touched only if two large plain steps show a thing that
-# the model hardly looks at. "seen" tells sound pictures of glyph-sd from others; for another model it is another.
-SET: dict[str, Any] = {"look_ahead": 2, "seen": 0.24, "window": (0.0, 0.5), "relative": 0.03}
-# Attend-and-Excite as published, its thresholds at the same parts of 20 steps as of 50.
-THEIRS: dict[str, Any] = {"relative": None, "window": (0.0, 0.5), "refine": {0: 0.95, 4: 0.5, 8: 0.2}}
-
-CONDITIONS: dict[str, Callable[[Sequence[Prompt]], list[Control]]] = {
-    "none": lambda prompts: [],
-    "attend-and-excite": lambda prompts: [attnctl.processors.Excitation(*nouns(prompts), **THEIRS)],
-    "excitation": lambda prompts: [attnctl.processors.Excitation(*subjects(prompts), **SET)],
-    "segregation": lambda prompts: [attnctl.processors.Segregation(*subjects(prompts), **SET)],
-    "retention": lambda prompts: [attnctl.processors.Retention(*subjects(prompts), **SET)],
-    "astar": lambda prompts: [attnctl.processors.AStar(*subjects(prompts), retention=0.03, **SET)],
-    "astar-binding": lambda prompts: [
-        attnctl.processors.AStar(*subjects(prompts), retention=0.03, bonds=bonds(prompts), binding=0.5, **SET)
-    ],
-}
-"""A condition gets the prompts of a batch. Phrases are those of all; an image ignores what its prompt does not have."""
 
 
 class Half(StrEnum):
@@ -118,13 +85,13 @@ def subset(prompts: Sequence[Prompt], among: Sequence[int] | None = None, each: 
 
 
 def batches(cases: Sequence[Case], size: int) -> Iterator[list[Case]]:
-    """Cases of one condition and seed at a time."""
-    groups: dict[tuple[str, int], list[Case]] = {}
+    """Cases of one condition and seed at a time; conditions take turns, so that a slow minute hits all of them."""
+    groups: dict[int, dict[str, list[Case]]] = {}
     for case in cases:
-        groups.setdefault((case.condition, case.seed), []).append(case)
-    for group in groups.values():
-        for first in range(0, len(group), size):
-            yield group[first : first + size]
+        groups.setdefault(case.seed, {}).setdefault(case.condition, []).append(case)
+    for conditions in groups.values():
+        for first in range(0, max(map(len, conditions.values())), size):
+            yield from (part for own in conditions.values() if (part := own[first : first + size]))
 
 
 def unfinished(cases: Sequence[Case], done: dict[str, Any], size: int) -> list[list[Case]]:
@@ -233,7 +200,7 @@ def judged(prompt: Prompt, reading: judge.Reading) -> dict[str, Any]:
 
 
 def summary(prompts: Sequence[Prompt], cases: Sequence[Case], done: dict[str, Any]) -> dict[str, Any]:
-    """Rates for each condition and group of prompts, and each condition against the first."""
+    """Rates for each condition and group of prompts, each condition against the first, and times as parts of its."""
     conditions = list(dict.fromkeys(case.condition for case in cases))
 
     def held_out(k: int) -> bool:
@@ -263,13 +230,18 @@ def summary(prompts: Sequence[Prompt], cases: Sequence[Case], done: dict[str, An
                 if own is not base:
                     change = paired([*base.values()], [own[key] for key in base], [prompt for prompt, _ in base])
                     row[condition]["against " + conditions[0]] = change.to_json()
+    if all("seconds" in done[case.name] for case in cases):
+        spent = dict.fromkeys(conditions, 0.0)
+        for case in cases:
+            spent[case.condition] += done[case.name]["seconds"]
+        table["all"]["time"] = {name: {"value": own / spent[conditions[0]]} for name, own in spent.items()}
     return table
 
 
 def show(table: dict[str, Any], console: Console) -> None:
     """A block of rows for each group of prompts; each condition stands under the first, which it is compared with."""
-    title = "rates and paired differences to the first condition, with 95 % intervals"
-    page = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    head = "rates and paired differences to the first condition, with 95 % intervals"
+    page = Table(title=head, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("", "condition", "right", "difference", "repaired", "broken"):
         page.add_column(column, no_wrap=True)
     for group, measures in table.items():
@@ -278,12 +250,15 @@ def show(table: dict[str, Any], console: Console) -> None:
         for measure, row in measures.items():
             for name, found in row.items():
                 change = next((value for key, value in found.items() if key.startswith("against")), None)
-                page.add_row("" if change else measure, name, between(found), *(compared(change) if change else ()))
+                title = measure if name == next(iter(row)) else ""
+                page.add_row(title, name, between(found), *(compared(change) if change else ()))
     Console(width=max(WIDTH, console.width)).print(page)  # rather wrapped by a narrow terminal than cut short
 
 
 def between(found: dict[str, float]) -> str:
-    """75.4% (72-79)"""
+    """75.4% (72-79); a value without an interval is a factor."""
+    if "low" not in found:
+        return f"{found['value']:.2f} x"
     return f"{found['value']:.1%} ({100 * found['low']:.0f}-{100 * found['high']:.0f})"
 
 
@@ -386,11 +361,13 @@ def main(
             line = bar.add_task("drawing", total=len(cases), completed=len(cases) - missing)
             for group in unfinished(cases, done, batch):
                 bar.update(line, description=group[0].condition)
+                start = time.perf_counter()
                 images = draw_batch(pipe, prompts, group, steps, guidance)
+                each = {"seconds": (time.perf_counter() - start) / len(group)}
                 for case, image, reading in zip(group, images, eye.read(images), strict=True):
                     if case.name not in done:
                         save(image, folder / f"{case.name}.png")
-                        done[case.name] = {"case": case.name} | judged(prompts[case.prompt], reading)
+                        done[case.name] = {"case": case.name} | each | judged(prompts[case.prompt], reading)
                         results.write(json.dumps(done[case.name]) + "\n")
                         bar.advance(line)
                 results.flush()

@@ -18,13 +18,18 @@ BENCHMARKS = Path(effect.__file__).parent
 
 
 class Drawn:
-    """Stands for the pipeline: grey pictures, as many as asked for; each batch is noted."""
+    """Stands for the pipeline: grey pictures, as many as asked for; each batch is noted.
+
+    On its clock a picture takes a second, and two more for each control.
+    """
 
     def __init__(self):
-        self.batches = []
+        self.batches, self.controls, self.now = [], [], 0.0
 
     def __call__(self, pipe, controls, texts, seeds, steps, guidance):
         self.batches.append(len(texts))
+        self.controls.append(len(controls))
+        self.now += len(texts) * (1 + 2 * len(controls))
         return [Image.new("RGB", (8, 8), (seed % 256,) * 3) for seed in seeds]
 
 
@@ -36,6 +41,7 @@ def drawn(monkeypatch, tmp_path):
     pipe = SimpleNamespace(set_progress_bar_config=lambda disable: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(effect, "draw", drawing)
+    monkeypatch.setattr(effect, "time", SimpleNamespace(perf_counter=lambda: drawing.now))
     monkeypatch.setattr(effect.attnctl, "load", lambda model: pipe)
     monkeypatch.setattr(effect.judge, "load", lambda: eye)
     monkeypatch.setattr(effect, "weights_hash", lambda pipe: "weights")
@@ -79,6 +85,20 @@ def test_all_is_drawn_once_and_summed_up(part, drawn):
         "segregation",
     ]
     assert part()[0] == 0 and len(drawn.batches) == 4
+
+
+def test_conditions_take_turns_and_their_times_are_told(part, drawn):
+    _, out, _ = part()
+    assert drawn.controls == [0, 1, 0, 1] and "3.00 x" in out
+    assert json.loads(Path("o/effect.json").read_text())["rates"]["all"]["time"] == {
+        "none": {"value": 1.0},
+        "segregation": {"value": 3.0},
+    }
+    log = Path("o/results.jsonl")
+    untimed = [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in log.open()]
+    log.write_text("".join(json.dumps(line) + "\n" for line in untimed))
+    _, out, _ = part()  # of a folder from before times were kept
+    assert "time" not in json.loads(Path("o/effect.json").read_text())["rates"]["all"] and " x " not in out
 
 
 @pytest.mark.parametrize("cut", [1, 40])
