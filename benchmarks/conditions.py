@@ -25,7 +25,7 @@ def bonds(prompts: Sequence[Prompt]) -> list[str]:
 
 # Chosen on the development half. With look_ahead, a picture is touched only if two large plain steps show a thing that
 # the model hardly looks at. "seen" tells sound pictures of glyph-sd from others; for another model it is another.
-SET: dict[str, Any] = {"look_ahead": 2, "seen": 0.24, "window": (0.0, 0.5), "relative": 0.03}
+SET: dict[str, Any] = {"look_ahead": 2, "seen": 0.26, "window": (0.0, 0.5), "relative": 0.03}
 EVERY: dict[str, Any] = {"window": (0.0, 0.5), "relative": 0.03}
 BOUND: dict[str, Any] = {"retention": 0.03, "binding": 0.5}
 # Attend-and-Excite as published, its thresholds at the same parts of 20 steps as of 50.
@@ -48,7 +48,7 @@ CONDITIONS: dict[str, Callable[[Sequence[Prompt]], list[Control]]] = {
     "astar-binding": lambda prompts: bound(prompts, **SET),
     # the same, dearer or cheaper
     "ungated": lambda prompts: bound(prompts, **EVERY),
-    "seen-by-step": lambda prompts: bound(prompts, seen=0.24, **EVERY),
+    "seen-by-step": lambda prompts: bound(prompts, seen=SET["seen"], **EVERY),
     "down-sites": lambda prompts: bound(prompts, where=DOWN, **SET),
     "bfloat16": lambda prompts: bound(prompts, bfloat16=True, **SET),
     "down-bfloat16": lambda prompts: bound(prompts, where=DOWN, bfloat16=True, **SET),
