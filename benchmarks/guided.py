@@ -36,6 +36,8 @@ WIDTH = 120  # characters of the table of results
 PROMPT, WORDS = "a cat and a dog", ("cat", "dog")
 STEPS = {"sd15": 2}
 """Denoising steps of one run; of other models as in `models.MODELS`."""
+DEPTH = {"sd3": {"layers": 6}, "flux": {"double": 2, "single": 4}}
+"""Of 24 layers, and of 19 and 38 blocks: enough for the middle third, where maps are read, to be a third."""
 
 Setting = Callable[[Any], AbstractContextManager[Any]]
 
@@ -137,7 +139,7 @@ def _pages() -> int:
 def measure(name: str, repeats: int, bar: Progress) -> dict[str, Any]:
     """Every setting in turn, `repeats` times, each time in another order; ratios are within a round."""
     steps = STEPS.get(name, MODELS[name][2])
-    run = build(name, steps)
+    run = build(name, steps, **DEPTH.get(name, {}))
     pipe = run.pipe  # type: ignore[attr-defined]
     runs: dict[str, tuple[Callable[[], None], Setting]] = {"plain": (run, lambda pipe: nullcontext())}
     if name == "sd15":
@@ -155,6 +157,7 @@ def measure(name: str, repeats: int, bar: Progress) -> dict[str, Any]:
             bar.advance(line)
     return {
         "model": name,
+        "depth": DEPTH.get(name),
         "steps": steps,
         "samples": {setting: [vars(sample) for sample in samples] for setting, samples in found.items()},
         "rows": [row(setting, found) for setting in runs],

@@ -107,7 +107,7 @@ def flux(double: int = 1, single: int = 1) -> Any:
     )  # fmt: skip
 
 
-MODELS: dict[str, tuple[Callable[[], Any], int, int]] = {
+MODELS: dict[str, tuple[Callable[..., Any], int, int]] = {
     "glyph-sd": (glyph_sd, 128, 20),
     "sd15": (sd15, 512, 1),
     "sdxl": (sdxl, 512, 1),
@@ -117,13 +117,16 @@ MODELS: dict[str, tuple[Callable[[], Any], int, int]] = {
 """Name -> (how to build it, side of the picture in pixels, denoising steps of one run)."""
 
 
-def build(name: str, steps: int | None = None) -> Callable[[], None]:
-    """A function that draws once, from the same noise each time; `.pipe` is the pipeline it draws with."""
+def build(name: str, steps: int | None = None, **depth: int) -> Callable[[], None]:
+    """A function that draws once, from the same noise each time; `.pipe` is the pipeline it draws with.
+
+    depth: how many layers or blocks a model has, where its function asks.
+    """
     for quiet in (diffusers, transformers):
         quiet.utils.logging.set_verbosity_error()
     torch.manual_seed(0)
     make, side, usual = MODELS[name]
-    pipe = make()
+    pipe = make(**depth)
     pipe.set_progress_bar_config(disable=True)
 
     def run() -> None:
