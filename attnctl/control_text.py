@@ -252,6 +252,8 @@ def _fitted(value: Any, hint: Any) -> Any:
 
 
 def _fitted_many(value: Any, origin: type, inner: tuple[Any, ...]) -> Any:
+    if isinstance(value, dict):  # as its pairs
+        value = tuple(value.items())
     items = value if isinstance(value, tuple) else (value,)
     if issubclass(origin, tuple) and inner and inner[-1] is not Ellipsis:
         kinds = inner if len(inner) == len(items) else None

@@ -126,6 +126,15 @@ def start_run(
     )
 
 
+def tokens_drawn(run: Run, raw: Tensor) -> int | None:
+    """How many tokens of packed latents are the picture that is drawn, if a reference picture follows them; or None."""
+    if raw.ndim != 3:
+        return None
+    height, width = run.latent_size
+    cells = (height // 2) * (width // 2)
+    return cells if raw.shape[1] > cells else None
+
+
 def scale_of(family: Family, pipe: Any, timestep: Any) -> float:
     """The factor the scheduler puts on latents at this step, measured on a one: schedulers do not tell it."""
     if not family.scaled or not hasattr(getattr(pipe, "scheduler", None), "scale_model_input"):

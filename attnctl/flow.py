@@ -120,7 +120,8 @@ class Flow:
         first = rows.cond is not None and not extra
         if first or self.sample is None:
             own, scale = rows.cond or slice(0, rows.total), calls.scale_of(family, pipe, timestep)
-            self.sample = Sample(raw, own, family.latent_channels(wiring.model), family.channels, scale)
+            channels, tokens = family.latent_channels(wiring.model), calls.tokens_drawn(run, raw)
+            self.sample = Sample(raw, own, channels, family.channels, scale, tokens)
         index = run.calls if first else max(run.calls - 1, 0)
         position = run.start + index
         step = Step(

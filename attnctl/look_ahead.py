@@ -8,6 +8,7 @@ timesteps they are the steps of `DDIMScheduler`, `EulerDiscreteScheduler` and `F
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .control import Rows
 from .denoiser import prediction
 from .errors import ControlError
 from .gradient import rows_kept, uncompiled
@@ -30,7 +32,7 @@ class Level:
     noise: float
 
 
-def look_ahead(step: Step, steps: int, reach: float) -> Step:
+def look_ahead(step: Step, steps: int, reach: float, images: Sequence[int] | None = None) -> Step:
     """Draw the step's pictures ahead by large plain steps; no control acts, and only what comes back stays.
 
     Classifier-free guidance is the pipeline's where it runs in one batch; where it runs in two calls, the conditional
@@ -40,13 +42,16 @@ def look_ahead(step: Step, steps: int, reach: float) -> Step:
         step: the denoiser call under way.
         steps: how many; each is one forward of the denoiser.
         reach: how far, as a part of what is left of the schedule, in (0, 1]; at most the schedule's last timestep.
+        images: which of the step's images, by number; the others cost nothing. None: all.
 
     Returns:
-        A step at the timestep reached, with these latents as its `latents` and scale 1; it is there to be probed.
+        A step at the timestep reached, of these images, with the latents there as its `latents` and scale 1; it is
+        there to be probed.
 
     Raises:
         ControlError: the scheduler's noise levels are of no kind we know, or no timestep is left.
     """
+    step = step if images is None else _of(step, images)
     now = step.run.start + step.index
     last = min(now + max(round(reach * (step.run.schedule - now)), 1), step.run.schedule - 1)
     if last <= now:
@@ -60,6 +65,20 @@ def look_ahead(step: Step, steps: int, reach: float) -> Step:
     own = step.run.family.sample
     sample = replace(step.sample, scale=1.0, edited=z, raw=step.sample.replaced(step.arguments[own], z))
     return replace(step, sample=sample, scale=1.0, arguments=_arguments(step, z, levels[-1]))
+
+
+def _of(step: Step, images: Sequence[int]) -> Step:
+    """The same step as if only some of its images were drawn."""
+    rows, sample, count = step.rows, step.sample, len(images)
+    assert rows.cond is not None
+    kept = [block.start + image for block in (rows.uncond, rows.cond) if block is not None for image in images]
+    if kept == list(range(rows.total)):
+        return step
+    cond = slice(len(kept) - count, len(kept))
+    own = Rows(cond, None if rows.uncond is None else slice(0, count), len(kept))
+    edited = None if sample.edited is None else sample.edited[list(images)]
+    few = replace(sample, raw=sample.raw[kept], rows=cond, edited=edited, _base=None)
+    return replace(step, rows=own, sample=few, arguments=rows_kept(step, kept))
 
 
 def level(step: Step, position: int) -> Level:
@@ -97,6 +116,7 @@ def foreseen(step: Step, z: Tensor, here: Level) -> tuple[Tensor, Tensor]:
         plain = output[rows.uncond]
         guess = plain + float(run.pipe.guidance_scale) * (guess - plain)
     guess = guess.narrow(step.sample.dim, 0, z.shape[step.sample.dim])  # a learned variance is no part of it
+    guess = guess if step.sample.tokens is None else guess[:, : step.sample.tokens]  # nor a reference picture
     z, a, s = z.float(), here.picture, here.noise
     kind = run.pipe.scheduler.config.get("prediction_type")
     if flows(run.pipe.scheduler):

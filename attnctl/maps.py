@@ -309,7 +309,11 @@ def with_text(available: tuple[Site, ...], where: Selection) -> tuple[Site, ...]
 
 def check_window(window: tuple[float, float]) -> None:
     """Raise unless this is a part of the schedule."""
-    if len(window) != 2 or not 0 <= window[0] < window[1] <= 1:
+    try:
+        fits = len(window) == 2 and 0 <= window[0] < window[1] <= 1
+    except TypeError:
+        fits = False
+    if not fits:
         raise ControlError(f"window is (start, end) with 0 <= start < end <= 1, parts of the schedule; not {window!r}")
 
 

@@ -86,6 +86,10 @@ def _box(what: Any) -> tuple[float, float, float, float]:
         left, top, right, bottom = (float(side) for side in what)
     except (TypeError, ValueError):
         raise ControlError(f"a region is a box (left, top, right, bottom), a mask or a picture; not {what!r}") from None
+    if 1 < max(right, bottom) <= 2:
+        raise ControlError(
+            f"a box in shares of the picture ends at 1, and one in pixels is larger than two; not {what!r}"
+        )
     if not (0 <= left < right and 0 <= top < bottom):
         raise ControlError(
             f"a box is (left, top, right, bottom) with 0 <= left < right and 0 <= top < bottom; not {what!r}"
@@ -97,8 +101,14 @@ def _mask(what: Any) -> Tensor:
     """(height, width) float32 in [0, 1] on the CPU."""
     if isinstance(what, Image.Image):
         alpha = "A" in what.getbands() or "transparency" in what.info
-        what = np.array(what.convert("RGBA").getchannel("A") if alpha else what.convert("L"))
-    array = torch.as_tensor(what).detach().cpu()
+        plain = what if what.mode == "F" else what.convert("L")  # floats are taken as they are
+        what = np.array(what.convert("RGBA").getchannel("A") if alpha else plain)
+    try:
+        array = torch.as_tensor(what).detach().cpu()
+    except (TypeError, ValueError):
+        raise ControlError(f"a mask holds numbers, not {what.dtype}") from None
+    if array.is_complex():
+        raise ControlError("a mask holds numbers from 0 to 1, not complex ones")
     if array.ndim == 3 and array.shape[-1] in (1, 3, 4):
         array = array[..., 3] if array.shape[-1] == 4 else array.float().mean(-1).to(array.dtype)
     if array.ndim != 2 or not array.numel():

@@ -107,6 +107,7 @@ class Sample:
     channels: int  # how many channels are latents
     dim: int  # which dimension of `raw` they are in
     scale: float
+    tokens: int | None = None  # how many rows of dimension 1 are drawn; behind them a reference picture (Kontext)
     edited: Tensor | None = None
     _base: Tensor | None = None
 
@@ -114,6 +115,8 @@ class Sample:
         """`raw` with its latent channels replaced by these (already scaled) latents, repeated over its row blocks."""
         scaled = scaled.to(raw.dtype)
         scaled = torch.cat([scaled] * (raw.shape[0] // scaled.shape[0]))
+        if self.tokens is not None:
+            scaled = torch.cat([scaled, raw[:, self.tokens :]], 1)
         rest = raw.shape[self.dim] - self.channels
         return torch.cat([scaled, raw.narrow(self.dim, self.channels, rest)], self.dim) if rest else scaled
 
@@ -122,6 +125,7 @@ class Sample:
         """The conditional latents as they came, unscaled; never an inference tensor, so gradients may start here."""
         if self._base is None:
             latents = self.raw[self.rows].narrow(self.dim, 0, self.channels)
+            latents = latents if self.tokens is None else latents[:, : self.tokens]
             with torch.inference_mode(False):
                 latents = latents.clone() if latents.is_inference() else latents
                 self._base = latents if self.scale == 1.0 else latents / self.scale

@@ -10,16 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from attnctl.attachment import Attachment, attach
 from attnctl.control import Control
 from attnctl.errors import ControlError
+from attnctl.families import family_of
 from attnctl.loading import load
 from attnctl.maps import TokenMaps
 from attnctl.processors.astar import AStar
 from attnctl.subjects import read_subjects
+
+Bonds = tuple[tuple[str, str], ...]  # (modifier, noun)
 
 
 class AStarPipeline:
@@ -43,7 +47,11 @@ class AStarPipeline:
         Args:
             pipe: a diffusers pipeline of a family attnctl knows.
             settings: of the control, see `AStar`.
+
+        Raises:
+            UnsupportedPipelineError: it is of none.
         """
+        family_of(pipe)
         return cls(pipe, **settings)
 
     @classmethod
@@ -53,9 +61,15 @@ class AStarPipeline:
         Args:
             model: the name, folder or id.
             options: settings of the control, as for `from_pipe`; the others as for `attnctl.load`.
+
+        Raises:
+            ControlError: a setting is out of its range, or nearly one that there is.
         """
         known = {one.name for one in fields(AStar)} - {"phrases"}
         settings = {name: options.pop(name) for name in known.intersection(options)}
+        for name in options:  # diffusers only logs what it does not know
+            if meant := get_close_matches(name, known, 1, 0.8):
+                raise ControlError(f"there is no setting {name!r}; did you mean {meant[0]!r}?")
         AStar("one", "other", **settings)  # before anything is loaded
         return cls(load(model, **options), **settings)
 
@@ -72,45 +86,98 @@ class AStarPipeline:
         """Draw.
 
         Args:
-            prompt: what to draw. In a list, each picture goes by the subjects that its own prompt has.
+            prompt: what to draw, one text or several. In a list, each picture goes by what its own prompt has. With
+                `prompt_embeds` among the arguments, what they mean.
             subjects: the things to keep apart and in place, two phrases or more of the prompt, best with their colours,
-                as "red car". "auto" reads them and their modifiers from the prompt, see `attnctl.subjects`; that needs
+                as "red car". "auto" reads them and their modifiers from each prompt, see `attnctl.subjects`; that needs
                 the extra "subjects".
-            modifiers: noun -> its modifier or modifiers: binds them, see `Binding`. None: those that "auto" reads.
-            masks: subject -> region it is to be in, see `Retention`.
+            modifiers: noun -> its modifier or modifiers: binds them, see `Binding`. None: those that "auto" reads. In a
+                list of prompts, a modifier that stands before one of its nouns is that one's alone.
+            masks: subject -> region it is to be in, see `Retention`; besides those of the settings, and before them.
             maps: record the maps of the prompt's words, for `maps` of what is returned.
             controls: further ones, which see each attention call first.
             arguments: of the pipeline.
 
         Returns:
             What the pipeline returns. Unless that is a tuple (return_dict=False), it has three attributes more:
-            `report`, what A-STAR did (`report.to_json()` is plain data), `maps`, None unless asked for, and `subjects`,
-            the phrases that were kept apart.
+            `report`, what A-STAR did (`report.to_json()` is plain data; prompts that differ in what is bound have a
+            trace each), `maps`, None unless asked for, and `subjects`, the phrases that were kept apart.
 
         Raises:
             AttnctlError: as `attach`, `AStar` and the resolution of phrases raise it.
         """
-        if subjects == "auto":
-            read = [one for text in ([prompt] if isinstance(prompt, str) else prompt) for one in read_subjects(text)]
-            subjects = tuple(dict.fromkeys(one.whole for one in read))
-            if modifiers is None:
-                modifiers = {
-                    noun: [m for one in read if one.phrase == noun for m in one.modifiers]
-                    for noun in {one.phrase: None for one in read}
-                }
-        elif isinstance(subjects, str):
-            raise ControlError(f"subjects are several phrases, or 'auto'; not {subjects!r}")
-        bonds = dict.fromkeys(
-            (modifier, noun)
-            for noun, named in (modifiers or {}).items()
-            for modifier in ([named] if isinstance(named, str) else named)
-        )
-        settings = {"bonds": tuple(bonds), "masks": masks or {}} | self.settings
+        texts = _texts(prompt)
+        _check(subjects, modifiers, masks, controls)
+        plans = [self._plan(text, subjects, modifiers, several=len(texts) > 1) for text in texts]
+        places = {**dict(self.settings.get("masks", ())), **(masks or {})}
+        own: dict[tuple[tuple[str, ...], Bonds], list[int]] = {}
+        each = int(arguments.get("num_images_per_prompt") or 1)
+        for number, plan in enumerate(plans):
+            own.setdefault(plan, []).extend(range(number * each, (number + 1) * each))
+        stars = []
+        for (phrases, bonds), images in own.items():
+            settings = self.settings | {"masks": places, "bonds": (*self.settings.get("bonds", ()), *bonds)}
+            if len(own) > 1:
+                settings["images"] = tuple(images)
+            stars.append(AStar(*phrases, **settings))
         recorders = [TokenMaps()] if maps else []
-        with attach(self.pipe, *controls, AStar(*subjects, **settings), *recorders) as attachment:
+        embedded = arguments.get("prompt_embeds") is not None
+        with attach(self.pipe, *controls, *stars, *recorders, prompt=prompt if embedded else None) as attachment:
             self.attachment = attachment
-            output = self.pipe(prompt, **arguments)
+            output = self.pipe(**arguments) if embedded else self.pipe(prompt=prompt, **arguments)
         if not isinstance(output, tuple):
             output.report, output.maps = attachment.report, attachment.maps if maps else None
-            output.subjects = tuple(subjects)
+            output.subjects = tuple(dict.fromkeys(phrase for phrases, _ in plans for phrase in phrases))
         return output
+
+    def _plan(
+        self, text: str, subjects: Any, modifiers: Mapping[str, str | Sequence[str]] | None, several: bool
+    ) -> tuple[tuple[str, ...], Bonds]:
+        """What to keep apart in a prompt, and what to bind."""
+        if subjects == "auto":
+            read = read_subjects(text)
+            subjects = tuple(dict.fromkeys(one.whole for one in read))
+            if modifiers is None:
+                return subjects, tuple((modifier, one.phrase) for one in read for modifier in one.modifiers)
+        bonds = tuple(
+            dict.fromkeys(
+                (modifier, noun)
+                for noun, named in (modifiers or {}).items()
+                for modifier in ([named] if isinstance(named, str) else named)
+            )
+        )
+        return tuple(subjects), _of_prompt(text, bonds) if several else bonds
+
+
+def _of_prompt(text: str, bonds: Bonds) -> Bonds:
+    """The bonds that a prompt has: a modifier before one of its nouns is that noun's alone."""
+    words = " ".join(text.lower().split())
+    near = {(modifier, noun) for modifier, noun in bonds if f"{modifier} {noun}".lower() in words}
+    taken = {modifier for modifier, _ in near}
+    return tuple(bond for bond in bonds if bond in near or bond[0] not in taken)
+
+
+def _texts(prompt: Any) -> list[str]:
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ControlError(f"prompt is a text or a list of texts, which prompt_embeds need too; not {prompt!r}")
+    return list(texts)
+
+
+def _check(subjects: Any, modifiers: Any, masks: Any, controls: Any) -> None:
+    """Raise unless these are of the kinds that a call takes."""
+    if isinstance(subjects, str) and subjects != "auto" or not isinstance(subjects, Sequence):
+        raise ControlError(f"subjects are several phrases, or 'auto'; not {subjects!r}")
+    for what, given, example in (
+        ("modifiers", modifiers, "{'car': 'red'}"),
+        ("masks", masks, "{'cat': (0, 0, 0.5, 1)}"),
+    ):
+        if given is not None and not isinstance(given, Mapping):
+            raise ControlError(f"{what} are a dict, such as {example}; not {given!r}")
+    for noun, named in (modifiers or {}).items():
+        if not isinstance(named, str) and not (
+            isinstance(named, Sequence) and all(isinstance(one, str) for one in named)
+        ):
+            raise ControlError(f"the modifiers of {noun!r} are a word or several, not {named!r}")
+    if isinstance(controls, Control) or not isinstance(controls, Sequence):
+        raise ControlError(f"controls are a list, such as [TokenMaps()]; not {controls!r}")

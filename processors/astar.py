@@ -5,6 +5,8 @@ A-STAR: Test-time Attention Segregation and Retention (Agarwal et al., ICCV 2023
 
 from __future__ import annotations
 
+from math import inf
+
 from attnctl.errors import ControlError
 
 from .binding import Bind, Bond, bonds_of, ends
@@ -28,6 +30,8 @@ class AStar(MapDescent):
         masks: regions for phrases, see `Retention`.
         rule, share: how masks are made of maps, see `Retention`.
         segregation, retention, binding: weights of the losses. The paper has 1 and 1. At 0 a loss is left out.
+        placing: weight of retention for phrases with a region, which the paper does not set apart (ours). A picture
+            with a region is never left alone, whatever a look ahead sees.
 
     The other settings are those of `MapDescent`.
 
@@ -45,14 +49,18 @@ class AStar(MapDescent):
     segregation: float = 1.0
     retention: float = 1.0
     binding: float = 1.0
+    placing: float = 1.0
 
     def check(self) -> None:
         self._set(bonds=bonds_of(self.bonds), masks=regions(self.masks))
         check_phrases("AStar", self.phrases, 2, "AStar('cat', 'dog')")
         check_rule(self.rule, self.share)
-        weights = self.segregation, self.retention, self.binding
-        if not all(weight >= 0 for weight in weights) or not self.losses():
-            raise ControlError(f"weights may not be negative, nor all be 0; they are {weights}")
+        weights = {name: getattr(self, name) for name in ("segregation", "retention", "binding", "placing")}
+        said = ", ".join(f"{name} {weight}" for name, weight in weights.items())
+        if not all(isinstance(weight, (int, float)) and 0 <= weight < inf for weight in weights.values()):
+            raise ControlError(f"weights are numbers, not negative; they are {said}")
+        if not any(weights.values()):
+            raise ControlError("all weights are 0: nothing would be done")
         super().check()
 
     def losses(self) -> list[Loss]:
@@ -60,9 +68,11 @@ class AStar(MapDescent):
         bonds = [ends(bond) for bond in self.bonds]
         if self.segregation and every_pair(self.phrases, bonds):
             found.append(Apart(self.phrases, bonds, self.segregation))
-        if self.retention:
+        if self.retention or (self.masks and self.placing):
             placed = (*self.phrases, *(phrase for phrase, _ in self.masks))
-            found.append(Keep(placed, self.masks, self.rule, self.share, self.retention))
+            found.append(Keep(placed, self.masks, self.rule, self.share, self.retention, self.placing))
         if self.binding and self.bonds:
             found.append(Bind(self.bonds, self.binding))
+        if not found:
+            raise ControlError("AStar has nothing to do: what has a weight has neither pairs, masks nor bonds")
         return found

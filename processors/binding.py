@@ -7,14 +7,14 @@ original takes the worst of their tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnctl.errors import ControlError
-from attnctl.prompts import TextStream, text_rows
+from attnctl.prompts import NUMBERED, TextStream, text_rows
 from attnctl.run import Run
 
 from .descent import MapDescent, phrases_first
@@ -33,7 +33,7 @@ class Bind(Loss):
 
     def __init__(self, bonds: Sequence[Bond], weight: float = 1.0) -> None:
         self.bonds = tuple(bonds)
-        self.labels = tuple(" | ".join(ends(bond)) for bond in bonds)
+        self.labels = tuple(label(bond) for bond in bonds)
         written = [(bond, ends(bond)[1]) if isinstance(bond, str) else bond for bond in bonds]
         super().__init__([phrase for pair in written for phrase in pair], weight)
 
@@ -96,11 +96,18 @@ class Binding(MapDescent):
 
 
 def ends(bond: Bond) -> tuple[str, str]:
-    """(modifier, noun) of a bond."""
+    """(modifier, noun) of a bond; of "red car#2" the car is any car, and which one the whole phrase says."""
     if not isinstance(bond, str):
         return bond
-    modifier, _, noun = bond.rpartition(" ")
+    numbered = NUMBERED.fullmatch(bond)
+    modifier, _, noun = (numbered[1] if numbered else bond).rpartition(" ")
     return modifier, noun
+
+
+def label(bond: Bond) -> str:
+    """ "red | car", "red | car#2"."""
+    numbered = NUMBERED.fullmatch(bond) if isinstance(bond, str) else None
+    return " | ".join(ends(bond)) + (f"#{numbered[2]}" if numbered else "")
 
 
 def bonds_of(bonds: Any) -> tuple[Bond, ...]:
@@ -110,7 +117,11 @@ def bonds_of(bonds: Any) -> tuple[Bond, ...]:
         ControlError: one is neither.
     """
     found: list[Bond] = []
+    if not isinstance(bonds, (str, Iterable)):
+        raise ControlError(f"bonds are several of 'red car' or ('red', 'car'), not {bonds!r}")
     for bond in (bonds,) if isinstance(bonds, str) else bonds:
+        if not isinstance(bond, (str, Iterable)):
+            raise ControlError(f"a bond is 'red car' or a pair ('red', 'car'), not {bond!r}")
         one: Any = " ".join(bond.split()) if isinstance(bond, str) else tuple(bond)
         pair = ends(one) if isinstance(one, str) else one
         if len(pair) != 2 or not all(isinstance(end, str) and end for end in pair) or pair[0] == pair[1]:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 import torch
 
 from attnctl.control import Control, Lane
-from attnctl.errors import ControlError
+from attnctl.errors import ControlError, PhraseError
 from attnctl.look_ahead import look_ahead
 from attnctl.maps import check_window, with_text
 from attnctl.prompts import positions, streams
@@ -86,6 +86,7 @@ class MapDescent(Control):
         keep_norm: give the latents back their length after each update.
         checkpoint: gradient checkpointing in the extra forward: less memory, more time, the same gradient.
         bfloat16: the extra forward runs in bfloat16: faster where bfloat16 is, and hardly another gradient.
+        images: which images of the batch to act on, by number from 0. None: all.
         window: part of the schedule to act in, from 0 (noise) to 1 (picture): a step at f counts if start <= f < end.
         where: sites to read maps from. None: the cross sites of the coarsest grid with 192 cells; where there are no
             cross sites, the middle third of the joint ones.
@@ -109,6 +110,7 @@ class MapDescent(Control):
     keep_norm: bool = False
     checkpoint: bool = False
     bfloat16: bool = False
+    images: tuple[int, ...] | None = None
     window: tuple[float, float] = (0.0, 1.0)
     where: Selection = None
 
@@ -135,6 +137,18 @@ class MapDescent(Control):
                 "strength may not be negative and relative must be positive, both finite; "
                 f"not {self.strength}, {self.relative}"
             )
+        for name in ("updates", "look_ahead"):
+            if type(getattr(self, name)) is not int:
+                raise ControlError(f"{name} is a whole number, not {getattr(self, name)!r}")
+        for name in ("keep_norm", "checkpoint", "bfloat16"):
+            if type(getattr(self, name)) is not bool:
+                raise ControlError(f"{name} is True or False, not {getattr(self, name)!r}")
+        if self.enough is not None and not (isinstance(self.enough, (int, float)) and -inf < self.enough < inf):
+            raise ControlError(f"enough is a loss, a finite number, or None; not {self.enough!r}")
+        if self.images is not None:
+            self._set(images=(self.images,) if isinstance(self.images, int) else tuple(self.images))
+            if not self.images or any(type(image) is not int or image < 0 for image in self.images):
+                raise ControlError(f"images are numbers of images, from 0, or None for all; not {self.images!r}")
         if self.updates < 1:
             who = type(self).__name__
             raise ControlError(f"updates must be at least 1, not {self.updates}; strength=0 switches {who} off")
@@ -151,9 +165,12 @@ class MapDescent(Control):
             raise ControlError(f"maps are prepared as one of {', '.join(get_args(Preparation))}; not {self.maps!r}")
         check_window(self.window)
         try:
-            self._set(refine=tuple(sorted((int(at), float(target)) for at, target in dict(self.refine).items())))
+            pairs = [(at, float(target)) for at, target in dict(self.refine).items()]
         except (TypeError, ValueError):
             raise ControlError(f"refine holds pairs (position, loss), not {self.refine!r}") from None
+        if any(type(at) is not int or at < 0 or not -inf < target < inf for at, target in pairs):
+            raise ControlError(f"refine holds pairs (position from 0, finite loss), not {self.refine!r}")
+        self._set(refine=tuple(sorted(pairs)))
 
     def losses(self) -> list[Loss]:
         """The losses of one run, new ones at each call: they remember what they have seen."""
@@ -173,13 +190,22 @@ class MapDescent(Control):
         if columns == "phrases" and any(loss.whole_prompt for loss in losses):
             columns = "prompt"
         found = wanted(texts, names, columns)
-        useful = torch.zeros(run.images, dtype=torch.bool)
+        useful, insisted = torch.zeros(2, run.images, dtype=torch.bool)
         for loss in losses:
             useful |= loss.begin(run, names, texts, found)
-        for text, present, has in zip(texts, found.present.tolist(), useful.tolist(), strict=True):
-            if not has:
-                positions(text, names[present.index(False)])  # raises, and says what the prompt has instead
-        return Trace(sites, found, losses, 2.0**12 * torch.ones(run.images), torch.zeros(run.images, dtype=torch.long))
+            insisted |= loss.insists
+        own = range(run.images) if self.images is None else self.images
+        if max(own) >= run.images:
+            raise ControlError(f"there is no image {max(own)} to act on: {run.images} are drawn")
+        for image in own:
+            if not useful[image]:
+                for name, there in zip(names, found.present[image].tolist(), strict=True):
+                    if not there:
+                        positions(texts[image], name)  # raises, and says what the prompt has instead
+                who, prompt = type(self).__name__, run.prompts[image]
+                raise PhraseError(f"{who} finds nothing to act on in {prompt!r} with {', '.join(map(repr, names))}")
+        scale, skipped = 2.0**12 * torch.ones(run.images), torch.zeros(run.images, dtype=torch.long)
+        return Trace(sites, found, losses, tuple(own), insisted, scale, skipped)
 
     def before_denoise(self, step: Step) -> None:
         if self.strength == 0 or not self.window[0] <= step.fraction < self.window[1]:
@@ -221,16 +247,24 @@ class Descent:
         self.step.latents = self.z
 
     def wanting(self) -> list[int]:
-        """The images that the control is to act on: all, or those that a look ahead finds wanting."""
+        """The images that the control is to act on: its own, but for those that a look ahead finds sound.
+
+        What insists, as a region of the user's does, is not asked whether it is sound: only the phrases can be seen.
+        """
         control, trace = self.control, self.trace
-        if not control.look_ahead:
-            return list(range(len(self.z)))
+        asked = [image for image in trace.images if control.look_ahead and not trace.insisted[image]]
+        if not asked:
+            return list(trace.images)
         if trace.foreseen is None:
-            ahead = look_ahead(self.step, control.look_ahead, control.reach)
-            maps = read_maps(ahead, ahead.latents, trace.sites, trace.wanted.tokens, None, False, control.bfloat16)
-            trace.foreseen = Foreseen(self.step.index, least_seen(maps, trace.wanted))
+            own = trace.wanted.pick(asked)
+            ahead = look_ahead(self.step, control.look_ahead, control.reach, asked)
+            maps = read_maps(ahead, ahead.latents, trace.sites, own.tokens, None, False, control.bfloat16)
+            seen = torch.full_like(self.peak, torch.nan)
+            seen[asked] = least_seen(maps, own).to(seen.dtype)
+            trace.foreseen = Foreseen(self.step.index, seen, control.look_ahead + 1)
         assert control.seen is not None
-        return [image for image, seen in enumerate(trace.foreseen.seen.tolist()) if seen < control.seen]
+        sound = (trace.foreseen.seen >= control.seen).tolist()
+        return [image for image in trace.images if not sound[image]]
 
     def refine(self, target: float, images: list[int]) -> None:
         """Update the images above a loss until they are not. What was read last belongs to the latents as they are."""
@@ -248,11 +282,12 @@ class Descent:
         enough, seen = self.control.enough, None if self.control.look_ahead else self.control.seen
         if enough is None and seen is None:
             return images
-        excess, peak = self.excess.tolist(), self.peak.tolist()
+        excess, peak, insisted = self.excess.tolist(), self.peak.tolist(), self.trace.insisted.tolist()
         return [
             image
             for image in images
-            if (enough is not None and excess[image] > enough) or (seen is not None and peak[image] < seen)
+            if (enough is not None and excess[image] > enough)
+            or (seen is not None and (peak[image] < seen or insisted[image]))
         ]
 
     def above(self, target: float, images: list[int]) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -56,12 +56,14 @@ class Loss:
         whole_prompt: it reads the maps of every token of the prompts.
         phrases: those it reads.
         labels: names of its parts, for reports.
+        insists: (images,), True where it is to be met though the phrases are seen; set by `begin`. False: nowhere.
     """
 
     name: ClassVar[str]
     least: ClassVar[float] = 0.0
     whole_prompt: ClassVar[bool] = False
     labels: tuple[str, ...]
+    insists: Tensor | Literal[False] = False
 
     def __init__(self, phrases: Sequence[str], weight: float = 1.0) -> None:
         self.phrases, self.weight = tuple(dict.fromkeys(phrases)), weight

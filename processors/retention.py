@@ -18,7 +18,7 @@ from attnctl.regions import Region
 from attnctl.run import Run
 
 from .descent import MapDescent, check_phrases, phrases_first
-from .loss_terms import Loss, OfPhrases, View
+from .loss_terms import Loss, OfPhrases, Reading, View
 from .losses import Rule, binarise, retention_parts
 from .map_gradient import Wanted
 
@@ -30,18 +30,20 @@ class Keep(OfPhrases):
 
     A phrase's mask is the high part of its map as it was last read in the step before, or a region given for it.
     Without a region a phrase has no mask, and no loss, until a step is over; where a part of it has a region, as the
-    "cat" of "black cat" may, that alone counts. Steps are counted as calls of the
-    denoiser, since a scheduler may repeat a timestep.
+    "cat" of "black cat" may, that alone counts. Steps are counted as calls of the denoiser, since a scheduler may
+    repeat a timestep. `weight` is of phrases without a region, `placing` of those with one, which insist.
     """
 
     name = "retention"
     least = 0.5
 
     def __init__(
-        self, phrases: Sequence[str], masks: Masks = (), rule: Rule = "half", share: float = 0.2, weight: float = 1.0
-    ) -> None:
+        self, phrases: Sequence[str], masks: Masks = (), rule: Rule = "half", share: float = 0.2, weight: float = 1.0,
+        placing: float = 1.0,
+    ) -> None:  # fmt: skip
         super().__init__(phrases, weight)
         self.regions, self.rule, self.share = dict(masks), rule, share
+        self.weights = torch.tensor([placing if phrase in self.regions else weight for phrase in self.phrases])
         self.step = -1
         self.latest: Tensor | None = None  # (all images, phrases, height, width): maps as last read
         self.masks: Tensor | None = None  # of the same shape
@@ -51,12 +53,19 @@ class Keep(OfPhrases):
         self.picture = run.latent_size[0] * factor, run.latent_size[1] * factor
         super().begin(run, names, texts, found)
         members = found.members[:, self.columns]
-        placed = torch.tensor([phrase in self.regions for phrase in self.phrases]) & members.any(
-            -1
-        )  # (images, phrases)
+        given = torch.tensor([phrase in self.regions for phrase in self.phrases])
+        placed = given & members.any(-1)  # (images, phrases)
         within = members @ members.mT == members.sum(-1)[:, None]  # the second phrase is all in the first
         self.present = placed | (self.present & ~(within & placed[:, None]).any(-1))
+        self.present &= self.weights > 0
+        self.insists = (placed & self.present).any(-1)
         return self.present.any(-1)
+
+    def read(self, view: View) -> Reading:
+        values, counts = self.parts(view)
+        weights = self.weights.to(values)
+        parts = torch.where(counts, values.detach() - self.least, torch.nan)
+        return Reading((weights * values).sum(-1), (weights * self.least * counts).sum(-1), parts)
 
     def begin_step(self, index: int) -> None:
         if index != self.step and self.latest is not None:

@@ -40,24 +40,32 @@ class Apart(OfPairs):
         self.chosen = {phrase for phrase in phrases if not isinstance(phrase, str)}
 
     def begin(self, run: Run, names: tuple[str, ...], texts: Sequence[tuple[TextStream, ...]], found: Wanted) -> Tensor:
-        useful = super().begin(run, names, texts, found)
+        super().begin(run, names, texts, found)
         alone = [column for column, name in enumerate(names) if name in self.alone]
         whole = found.present.clone()
         whole[:, alone] = found.whole(alone)
+        lost = torch.zeros_like(self.present)
         for number, (pair, (m, n)) in enumerate(zip(self.named, self.pairs, strict=True)):
             shared = (found.members[:, m] * found.members[:, n]).any(-1)
             here = ~shared if pair in self.chosen else ~shared & whole[:, m] & whole[:, n]
             same = shared & (found.members[:, m] == found.members[:, n]).all(-1)
-            lost = self.present[:, number] & shared
+            if same.any():
+                raise _inseparable(pair)
+            lost[:, number] = self.present[:, number] & shared
             self.present[:, number] &= here
-            if same.any() or (lost & ~self.present.any(-1)).any():
-                one, other = pair
-                raise ControlError(f"{one!r} and {other!r} cannot be kept apart: they share words of the prompt")
+        useful = self.present.any(-1)
+        if (stuck := lost & ~useful[:, None]).any():  # not even one pair is left
+            raise _inseparable(self.named[int(stuck.any(0).int().argmax())])
         return useful
 
     def parts(self, view: View) -> tuple[Tensor, Tensor]:
         counts = self.present[view.images].to(view.maps.device)
         return torch.where(counts, segregation_parts(view.maps, self.pairs), 0.0), counts
+
+
+def _inseparable(pair: Pair) -> ControlError:
+    one, other = pair
+    return ControlError(f"{one!r} and {other!r} cannot be kept apart: they share words of the prompt")
 
 
 def every_pair(phrases: Sequence[str | Pair], bonds: Sequence[Pair] = ()) -> list[Pair]:

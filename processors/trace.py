@@ -59,11 +59,13 @@ class Foreseen:
 
     Attributes:
         step: denoiser call before which it was, from 0.
-        seen: (all images,), as for `Evaluation`, where plain drawing leads.
+        seen: (all images,), as for `Evaluation`, where plain drawing leads; NaN where nobody looked.
+        forwards: of the denoiser that it cost.
     """
 
     step: int
     seen: Tensor
+    forwards: int
 
 
 @dataclass(eq=False)
@@ -74,6 +76,8 @@ class Trace:
         sites: where maps were read.
         wanted: which tokens.
         terms: the losses.
+        images: which images the control acts on, by number.
+        insisted: (all images,), True where a loss insists, see `Loss.insists`.
         scale: (images,), of the losses on their way through the model, see `map_gradient.gradients`.
         skipped: (images,), gradients that were not finite; their updates were not made.
         foreseen: what a look ahead found, if there was one.
@@ -82,6 +86,8 @@ class Trace:
     sites: tuple[Site, ...]
     wanted: Wanted
     terms: list[Loss]
+    images: tuple[int, ...]
+    insisted: Tensor
     scale: Tensor
     skipped: Tensor
     evaluations: list[Evaluation] = field(default_factory=list)
@@ -100,8 +106,8 @@ class Trace:
     def to_json(self) -> dict[str, Any]:
         """Plain data: for each step its evaluations and updates. Values per image; None is a value that is not there.
 
-        `forwards` counts extra forwards with gradients, `image_forwards` the images in them; a look ahead is not among
-        them.
+        `forwards` counts extra forwards with gradients, `image_forwards` the images in them; a look ahead, whose
+        forwards are plain, counts its own.
         """
         labels = {term.name: list(term.labels) for term in self.terms}
 
@@ -123,7 +129,9 @@ class Trace:
         ahead = self.foreseen
         return {
             "sites": [site.name for site in self.sites],
-            "look_ahead": None if ahead is None else {"step": ahead.step, "seen": _plain(ahead.seen)},
+            "look_ahead": None
+            if ahead is None
+            else {"step": ahead.step, "seen": _plain(ahead.seen), "forwards": ahead.forwards},
             "forwards": len(self.evaluations),
             "image_forwards": sum(len(one.images) for one in self.evaluations),
             "updates": len(self.updates),
