@@ -36,7 +36,7 @@ class AStarPipeline:
     """
 
     def __init__(self, pipe: Any, **settings: Any) -> None:
-        AStar("one", "other", **settings)  # a wrong setting fails here, not at the first call
+        _check_settings(settings)  # a wrong one fails here, not at the first call
         self.pipe, self.settings = pipe, settings
         self.attachment: Attachment | None = None
 
@@ -70,7 +70,7 @@ class AStarPipeline:
         for name in options:  # diffusers only logs what it does not know
             if meant := get_close_matches(name, known, 1, 0.8):
                 raise ControlError(f"there is no setting {name!r}; did you mean {meant[0]!r}?")
-        AStar("one", "other", **settings)  # before anything is loaded
+        _check_settings(settings)  # before anything is loaded
         return cls(load(model, **options), **settings)
 
     def __call__(
@@ -155,6 +155,11 @@ def _of_prompt(text: str, bonds: Bonds) -> Bonds:
     near = {(modifier, noun) for modifier, noun in bonds if f"{modifier} {noun}".lower() in words}
     taken = {modifier for modifier, _ in near}
     return tuple(bond for bond in bonds if bond in near or bond[0] not in taken)
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise unless there is a call that they are right for: one that names a modifier may bind and do no more."""
+    AStar("one", "other", **{"bonds": (("a", "one"),), **settings})
 
 
 def _texts(prompt: Any) -> list[str]:

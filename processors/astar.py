@@ -59,8 +59,7 @@ class AStar(MapDescent):
         said = ", ".join(f"{name} {weight}" for name, weight in weights.items())
         if not all(isinstance(weight, (int, float)) and 0 <= weight < inf for weight in weights.values()):
             raise ControlError(f"weights are numbers, not negative; they are {said}")
-        if not any(weights.values()):
-            raise ControlError("all weights are 0: nothing would be done")
+        self.losses()  # raises if there are none
         super().check()
 
     def losses(self) -> list[Loss]:
