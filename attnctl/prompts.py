@@ -158,10 +158,10 @@ def streams(run: Run, image: int) -> tuple[TextStream, ...]:
 
 def _places(prompt: str, phrase: str) -> list[Span]:
     """Where in the prompt a phrase is."""
-    if found := _matches(prompt, phrase):  # first as it stands: a prompt may hold "room #2"
+    if found := occurrences(prompt, phrase):  # first as it stands: a prompt may hold "room #2"
         return found
     if numbered := NUMBERED.fullmatch(phrase):
-        found, number = _matches(prompt, numbered[1]), int(numbered[2])
+        found, number = occurrences(prompt, numbered[1]), int(numbered[2])
         if 1 <= number <= len(found):
             return [found[number - 1]]
         if found:
@@ -173,7 +173,12 @@ def _times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
 
 
-def _matches(prompt: str, phrase: str) -> list[Span]:
+def occurrences(prompt: str, phrase: str) -> list[Span]:
+    """Where a prompt has the words of a phrase in a row, (first character, one past the last) each; whole words only.
+
+    Raises:
+        PhraseError: the phrase has no words.
+    """
     parts = phrase.split()
     if not parts:
         raise PhraseError(f"an empty phrase stands for no word; {_inventory(prompt)}")

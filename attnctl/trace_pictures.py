@@ -38,9 +38,10 @@ def loss_curves(traces: Sequence[Mapping[str, Any]], image: int = 0) -> Image.Im
         for label, points in lines.items():
             axes.plot(*zip(*points, strict=True), marker=".", label=label)
         axes.set(title=title, xlabel="denoiser call", ylabel="loss, less its least if it has one")
-        values = [value for points in lines.values() for _, value in points]
-        room = 0.05 * (max(*values, 0.0) - min(*values, 0.0)) or 0.05
-        axes.set_ylim(min(0.0, min(values) - room if min(values) < 0 else 0.0), max(0.0, max(values)) + room)
+        values = [0.0, *(value for points in lines.values() for _, value in points)]
+        low, high = min(values), max(values)
+        room = 0.05 * (high - low) or 0.05
+        axes.set_ylim(low - room if low < 0 else 0.0, high + room)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         if len(lines) <= 12:

@@ -25,9 +25,9 @@ def bonds(prompts: Sequence[Prompt]) -> list[str]:
 
 # Chosen on the development half. With look_ahead, a picture is touched only if two large plain steps show a thing that
 # the model hardly looks at. "seen" tells sound pictures of glyph-sd from others; for another model it is another.
-SET: dict[str, Any] = {"look_ahead": 2, "seen": 0.26, "window": (0.0, 0.5), "relative": 0.03}
 EVERY: dict[str, Any] = {"window": (0.0, 0.5), "relative": 0.03}
-BOUND: dict[str, Any] = {"retention": 0.03, "binding": 0.5}
+SET: dict[str, Any] = {"look_ahead": 2, "seen": 0.26, **EVERY}
+RETENTION = 0.03
 # Attend-and-Excite as published, its thresholds at the same parts of 20 steps as of 50.
 THEIRS: dict[str, Any] = {"relative": None, "window": (0.0, 0.5), "refine": {0: 0.95, 4: 0.5, 8: 0.2}}
 DOWN = ["down_blocks.*attn2"]
@@ -35,7 +35,7 @@ DOWN = ["down_blocks.*attn2"]
 
 def bound(prompts: Sequence[Prompt], **settings: Any) -> list[Control]:
     """A-STAR with binding, of things with their colours."""
-    return [AStar(*subjects(prompts), bonds=bonds(prompts), **BOUND, **settings)]
+    return [AStar(*subjects(prompts), bonds=bonds(prompts), retention=RETENTION, binding=0.5, **settings)]
 
 
 CONDITIONS: dict[str, Callable[[Sequence[Prompt]], list[Control]]] = {
@@ -44,7 +44,7 @@ CONDITIONS: dict[str, Callable[[Sequence[Prompt]], list[Control]]] = {
     "excitation": lambda prompts: [Excitation(*subjects(prompts), **SET)],
     "segregation": lambda prompts: [Segregation(*subjects(prompts), **SET)],
     "retention": lambda prompts: [Retention(*subjects(prompts), **SET)],
-    "astar": lambda prompts: [AStar(*subjects(prompts), retention=0.03, **SET)],
+    "astar": lambda prompts: [AStar(*subjects(prompts), retention=RETENTION, **SET)],
     "astar-binding": lambda prompts: bound(prompts, **SET),
     # the same, dearer or cheaper
     "ungated": lambda prompts: bound(prompts, **EVERY),

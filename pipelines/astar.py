@@ -21,6 +21,8 @@ from attnctl.families import family_of
 from attnctl.loading import load
 from attnctl.maps import TokenMaps
 from attnctl.processors.astar import AStar
+from attnctl.processors.binding import bonds_of
+from attnctl.prompts import occurrences
 from attnctl.subjects import read_subjects
 
 Bonds = tuple[tuple[str, str], ...]  # (modifier, noun)
@@ -108,7 +110,7 @@ class AStarPipeline:
         """
         texts = _texts(prompt)
         _check(subjects, modifiers, masks, controls)
-        plans = [self._plan(text, subjects, modifiers, several=len(texts) > 1) for text in texts]
+        plans = [_plan(text, subjects, modifiers, several=len(texts) > 1) for text in texts]
         places = {**dict(self.settings.get("masks", ())), **(masks or {})}
         own: dict[tuple[tuple[str, ...], Bonds], list[int]] = {}
         each = int(arguments.get("num_images_per_prompt") or 1)
@@ -116,7 +118,7 @@ class AStarPipeline:
             own.setdefault(plan, []).extend(range(number * each, (number + 1) * each))
         stars = []
         for (phrases, bonds), images in own.items():
-            settings = self.settings | {"masks": places, "bonds": (*self.settings.get("bonds", ()), *bonds)}
+            settings = self.settings | {"masks": places, "bonds": (*bonds_of(self.settings.get("bonds", ())), *bonds)}
             if len(own) > 1:
                 settings["images"] = tuple(images)
             stars.append(AStar(*phrases, **settings))
@@ -130,29 +132,29 @@ class AStarPipeline:
             output.subjects = tuple(dict.fromkeys(phrase for phrases, _ in plans for phrase in phrases))
         return output
 
-    def _plan(
-        self, text: str, subjects: Any, modifiers: Mapping[str, str | Sequence[str]] | None, several: bool
-    ) -> tuple[tuple[str, ...], Bonds]:
-        """What to keep apart in a prompt, and what to bind."""
-        if subjects == "auto":
-            read = read_subjects(text)
-            subjects = tuple(dict.fromkeys(one.whole for one in read))
-            if modifiers is None:
-                return subjects, tuple((modifier, one.phrase) for one in read for modifier in one.modifiers)
-        bonds = tuple(
-            dict.fromkeys(
-                (modifier, noun)
-                for noun, named in (modifiers or {}).items()
-                for modifier in ([named] if isinstance(named, str) else named)
-            )
+
+def _plan(
+    text: str, subjects: Any, modifiers: Mapping[str, str | Sequence[str]] | None, several: bool
+) -> tuple[tuple[str, ...], Bonds]:
+    """What to keep apart in a prompt, and what to bind."""
+    if subjects == "auto":
+        read = read_subjects(text)
+        subjects = tuple(dict.fromkeys(one.whole for one in read))
+        if modifiers is None:
+            return subjects, tuple((modifier, one.phrase) for one in read for modifier in one.modifiers)
+    bonds = tuple(
+        dict.fromkeys(
+            (modifier, noun)
+            for noun, named in (modifiers or {}).items()
+            for modifier in ([named] if isinstance(named, str) else named)
         )
-        return tuple(subjects), _of_prompt(text, bonds) if several else bonds
+    )
+    return tuple(subjects), _of_prompt(text, bonds) if several else bonds
 
 
 def _of_prompt(text: str, bonds: Bonds) -> Bonds:
     """The bonds that a prompt has: a modifier before one of its nouns is that noun's alone."""
-    words = " ".join(text.lower().split())
-    near = {(modifier, noun) for modifier, noun in bonds if f"{modifier} {noun}".lower() in words}
+    near = {(modifier, noun) for modifier, noun in bonds if occurrences(text, f"{modifier} {noun}")}
     taken = {modifier for modifier, _ in near}
     return tuple(bond for bond in bonds if bond in near or bond[0] not in taken)
 

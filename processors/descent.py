@@ -146,9 +146,12 @@ class MapDescent(Control):
         if self.enough is not None and not (isinstance(self.enough, (int, float)) and -inf < self.enough < inf):
             raise ControlError(f"enough is a loss, a finite number, or None; not {self.enough!r}")
         if self.images is not None:
-            self._set(images=(self.images,) if isinstance(self.images, int) else tuple(self.images))
-            if not self.images or any(type(image) is not int or image < 0 for image in self.images):
-                raise ControlError(f"images are numbers of images, from 0, or None for all; not {self.images!r}")
+            images = (self.images,) if isinstance(self.images, int) else tuple(self.images)
+            if not images or any(type(image) is not int or image < 0 for image in images):
+                raise ControlError(f"images are numbers of images, from 0, or None for all; not {images!r}")
+            self._set(
+                images=tuple(sorted(set(images)))
+            )  # in the order of the batch: all of them are its rows as they are
         if self.updates < 1:
             who = type(self).__name__
             raise ControlError(f"updates must be at least 1, not {self.updates}; strength=0 switches {who} off")

@@ -66,7 +66,8 @@ class Loss:
     insists: Tensor | Literal[False] = False
 
     def __init__(self, phrases: Sequence[str], weight: float = 1.0) -> None:
-        self.phrases, self.weight = tuple(dict.fromkeys(phrases)), weight
+        self.phrases = tuple(dict.fromkeys(phrases))
+        self.weight: float | Tensor = weight  # one for all parts, or one for each
 
     def begin(self, run: Run, names: tuple[str, ...], texts: Sequence[tuple[TextStream, ...]], found: Wanted) -> Tensor:
         """Learn where things are: maps come in the order of `names`.
@@ -90,9 +91,10 @@ class Loss:
     def read(self, view: View) -> Reading:
         """Work out the loss, weighted; the parts of a report are not."""
         values, counts = self.parts(view)
-        floor = self.weight * self.least * counts.sum(-1)
+        weight = torch.as_tensor(self.weight).to(values)
+        floor = (weight * self.least * counts).sum(-1)
         parts = torch.where(counts, values.detach() - self.least, torch.nan)
-        return Reading(self.weight * self.total(values), floor, parts)
+        return Reading(self.total(weight * values), floor, parts)
 
 
 class OfPairs(Loss):

@@ -18,7 +18,7 @@ from attnctl.regions import Region
 from attnctl.run import Run
 
 from .descent import MapDescent, check_phrases, phrases_first
-from .loss_terms import Loss, OfPhrases, Reading, View
+from .loss_terms import Loss, OfPhrases, View
 from .losses import Rule, binarise, retention_parts
 from .map_gradient import Wanted
 
@@ -41,9 +41,9 @@ class Keep(OfPhrases):
         self, phrases: Sequence[str], masks: Masks = (), rule: Rule = "half", share: float = 0.2, weight: float = 1.0,
         placing: float = 1.0,
     ) -> None:  # fmt: skip
-        super().__init__(phrases, weight)
+        super().__init__(phrases)
         self.regions, self.rule, self.share = dict(masks), rule, share
-        self.weights = torch.tensor([placing if phrase in self.regions else weight for phrase in self.phrases])
+        self.weight = torch.tensor([placing if phrase in self.regions else weight for phrase in self.phrases])
         self.step = -1
         self.latest: Tensor | None = None  # (all images, phrases, height, width): maps as last read
         self.masks: Tensor | None = None  # of the same shape
@@ -57,15 +57,9 @@ class Keep(OfPhrases):
         placed = given & members.any(-1)  # (images, phrases)
         within = members @ members.mT == members.sum(-1)[:, None]  # the second phrase is all in the first
         self.present = placed | (self.present & ~(within & placed[:, None]).any(-1))
-        self.present &= self.weights > 0
+        self.present &= self.weight > 0
         self.insists = (placed & self.present).any(-1)
         return self.present.any(-1)
-
-    def read(self, view: View) -> Reading:
-        values, counts = self.parts(view)
-        weights = self.weights.to(values)
-        parts = torch.where(counts, values.detach() - self.least, torch.nan)
-        return Reading((weights * values).sum(-1), (weights * self.least * counts).sum(-1), parts)
 
     def begin_step(self, index: int) -> None:
         if index != self.step and self.latest is not None:

@@ -55,6 +55,20 @@ def test_modifiers_stay_where_no_noun_claims_them():
     assert bound == [{"red | cat"}, {"red | cat", "red | dog"}]
 
 
+def test_a_modifier_stands_before_whole_words_alone():
+    astar = AStarPipeline.from_pipe(tiny.sd1())
+    prompts = ["a red catfish, a cat and a dog", "a red cat and a dog"]
+    found = astar(prompts, ["cat", "dog"], {"cat": "red", "dog": "red"}, generator=seeds(2), **DRAW)
+    bound = [set(losses(found.report, trace)["binding"]) for trace in range(2)]
+    assert bound == [{"red | cat", "red | dog"}, {"red | cat"}]
+
+
+def test_a_single_bond_among_the_settings_is_one_bond():
+    astar = AStarPipeline.from_pipe(tiny.sd1(), bonds="black dog")
+    found = astar("a cat and a black dog", ["cat", "dog"], generator=seeds(1), **DRAW)
+    assert set(losses(found.report)["binding"]) == {"black | dog"}
+
+
 def test_subjects_are_read_prompt_by_prompt():
     pytest.importorskip("HanTa")
     astar = AStarPipeline.from_pipe(tiny.sd1())
@@ -70,6 +84,10 @@ def test_a_control_acts_on_its_own_images_alone():
         found = tiny.draw(pipe, ["a cat and a dog"] * 3)
     assert torch.equal(found[0], plain[0]) and torch.equal(found[2], plain[2]) and not close(found[1], plain[1])
     assert run.report.to_json()["traces"][0]["image_forwards"] == 2
+    with attach(pipe, Segregation("cat", "dog", images=(2, 0, 1), relative=0.1)):
+        every = tiny.draw(pipe, ["a cat and a dog"] * 3)
+    with attach(pipe, Segregation("cat", "dog", relative=0.1)):
+        assert torch.equal(tiny.draw(pipe, ["a cat and a dog"] * 3), every)
     with (
         attach(pipe, Segregation("cat", "dog", images=(0, 3))),
         pytest.raises(ControlError, match="no image 3 .* 3 are"),
