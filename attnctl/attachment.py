@@ -21,6 +21,7 @@ class Report:
         sites: for each control, the names of the sites it acts at.
         calls: conditional denoiser calls of the latest pipeline call.
         foreign: sites where somebody has set another processor since and no pipeline call has followed.
+        passes: forwards of the denoiser for one picture of the latest pipeline call, by name; see `Run.passes`.
         traces: of the latest pipeline call, (name of the control, what it has to tell), for controls that keep a trace:
             anything with `to_json` as their `run.state`.
     """
@@ -29,6 +30,7 @@ class Report:
     sites: tuple[tuple[str, tuple[str, ...]], ...]
     calls: int = 0
     foreign: tuple[str, ...] = field(default=())
+    passes: dict[str, float] = field(default_factory=dict)
     traces: tuple[tuple[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -36,13 +38,15 @@ class Report:
         return {
             "family": self.family,
             "calls": self.calls,
+            "passes": self.passes,
             "sites": [{"control": name, "sites": list(sites)} for name, sites in self.sites],
             "foreign": list(self.foreign),
             "traces": [{"control": name} | trace.to_json() for name, trace in self.traces],
         }
 
     def __str__(self) -> str:
-        lines = [f"{self.family}, {self.calls} denoiser calls"]
+        spent = ", ".join(f"{count:.1f} {name}" for name, count in self.passes.items())
+        lines = [f"{self.family}, {self.calls} denoiser calls" + (f" (forwards: {spent})" if spent else "")]
         lines += [f"{name}: {len(sites)} sites" for name, sites in self.sites]
         lines += [f"{name}: {trace}" for name, trace in self.traces]
         if self.foreign:
@@ -121,6 +125,7 @@ class Attachment:
                 for control, sites in zip(self.controls, self.selected, strict=True)
             ),
             calls=self.latest.calls if self.latest else 0,
+            passes=dict(self.latest.passes) if self.latest else {},
             foreign=tuple(name for name, seat in seats.items() if not seat.in_place()),
             traces=tuple((type(control).__name__, state) for control, state in states if hasattr(state, "to_json")),
         )

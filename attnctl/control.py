@@ -98,6 +98,7 @@ class Control:
     """Base of all controls. Subclass as a frozen dataclass, name a lane, override what you need."""
 
     lane: ClassVar[Lane] = Lane.IDENTITY
+    innermost: ClassVar[bool] = False  # comes after those that edit queries, keys, values or logits, however listed
 
     def sites(self, available: tuple[Site, ...]) -> tuple[Site, ...]:
         """The sites this control touches. () for a control that acts on steps only.
@@ -171,7 +172,7 @@ def run_chain(chain: tuple[Control, ...], call: AttentionCall, kernel: Callable[
 
 
 def nest(controls: Sequence[Control], site: Site) -> tuple[Control, ...]:
-    """The controls of one site as they are nested, outermost first: as listed, with the owner of probabilities last.
+    """The controls of one site as they are nested, outermost first: as listed, then the innermost, then a PROBS control.
 
     A PROBS control does not proceed to attention, it *is* attention; placed last it sees every bias and q/k/v edit.
 
@@ -182,4 +183,4 @@ def nest(controls: Sequence[Control], site: Site) -> tuple[Control, ...]:
     if len(owners) > 1:
         names = " and ".join(type(c).__name__ for c in owners)
         raise ControlError(f"{names} both own the attention probabilities of {site.name}; attach one of them at a time")
-    return tuple(c for c in controls if c.lane is not Lane.PROBS) + tuple(owners)
+    return tuple(sorted(controls, key=lambda c: 2 if c.lane is Lane.PROBS else int(c.innermost)))  # a stable sort

@@ -19,7 +19,14 @@ PROMPTS = ("prompt", "prompt_2", "prompt_3")  # arguments of encode_prompt, wher
 def named(denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """A denoiser call's arguments by name."""
     names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
-    return dict(zip(names, args, strict=False)) | kwargs
+    return {name: _snapshot(value) for name, value in (dict(zip(names, args, strict=False)) | kwargs).items()}
+
+
+def _snapshot(value: Any) -> Any:
+    """The same tensors in containers of our own: denoisers take things out of those they are given."""
+    if type(value) is dict:
+        return {key: _snapshot(one) for key, one in value.items()}
+    return type(value)(map(_snapshot, value)) if type(value) in (list, tuple) else value
 
 
 def guided(pipe: Any, heard: dict[str, Any] | None) -> bool:

@@ -54,6 +54,9 @@ class Family:
         shared: tensor arguments that have no batch dimension.
         scaled: the pipeline puts its latents through `scheduler.scale_model_input`.
         time: what to multiply the denoiser's timestep by to find it among the scheduler's.
+        stages: attributes of the denoiser that are its trunk, in execution order: modules or lists of modules.
+        skips: how the names of stages begin whose output is read again later on, by skip connections.
+        hands_on: which of its arguments a transformer block returns, changed.
     """
 
     name: str
@@ -69,14 +72,19 @@ class Family:
     shared: frozenset[str] = frozenset()
     scaled: bool = False
     time: float = 1.0
+    stages: tuple[str, ...] = ("transformer_blocks",)
+    skips: tuple[str, ...] = ()
+    hands_on: tuple[str, ...] = ("encoder_hidden_states", "hidden_states")
 
     def sites(self, denoiser: nn.Module) -> tuple[Site, ...]:
         """Every attention site of the denoiser in execution order."""
         found: list[Site] = []
+        blocks: dict[str, int] = {}
         for name, attn in sorted(attentions(denoiser), key=lambda pair: self.position(pair[0])):  # a stable sort
             if (described := self.site(denoiser, name, attn)) is not None:
                 heads, head_dim, *_ = facts(attn)
-                found.append(Site(name, described[0], heads, head_dim, len(found), *described[1:]))
+                number = blocks.setdefault(name.rpartition(".")[0], len(blocks))
+                found.append(Site(name, described[0], heads, head_dim, len(found), *described[1:], block=number))
         return tuple(found)
 
     def latent_channels(self, denoiser: Any) -> int:
@@ -124,6 +132,9 @@ UNET = Family(
     site=_unet_site,
     latent_size=_cells,
     scaled=True,
+    stages=("down_blocks", "mid_block", "up_blocks"),
+    skips=("down_blocks.",),
+    hands_on=("hidden_states",),
     # SDXL joins its two encoders on the channel axis, so both speak of the same rows.
     streams=(Stream("tokenizer", "prompt"), Stream("tokenizer_2", "prompt_2")),
     position=lambda name: ("down_blocks", "mid_block", "up_blocks", "").index(
@@ -188,6 +199,7 @@ FLUX = Family(
     streams=(Stream("tokenizer_2", "prompt_2", rows="max_sequence_length"),),  # CLIP enters pooled only
     shared=frozenset({"img_ids", "txt_ids"}),
     time=1000.0,
+    stages=("transformer_blocks", "single_transformer_blocks"),
 )
 
 FAMILIES = (UNET, SD3, FLUX)

@@ -42,6 +42,8 @@ class Flow:
         self.acting: Step | None = None  # while the pipeline's own denoiser forward runs
         self.watching: Watch | None = None  # while a probe runs
         self.resting: ExitStack | None = None  # while controls themselves run; a denoiser they call is a plain one
+        self.term: Tensor | None = None  # of guidance, of the step under way
+        self.unguided = False  # the step under way has had its unconditional call, but no conditional one
         self.frozen = False  # while a control may differentiate what a probe recorded
         self.branch: tuple[str, dict[str, Any], ExitStack] | None = None  # the cache_context we are in
         self.turn = Turn(type(wiring.pipe).__name__, lambda: wiring.pipe in _calling())
@@ -68,6 +70,7 @@ class Flow:
     def finish(self) -> None:
         """The run under way, if any, is over or was given up."""
         run, self.run, self.sample, self.heard = self.run, None, None, None
+        self.term, self.unguided = None, False
         if run is not None:
             with self._rest():
                 run.end()
@@ -93,18 +96,21 @@ class Flow:
             return original(*args, **kwargs)
         self.turn.go_on()
         wiring, name = self.wiring, self.wiring.family.sample
-        step = self._open(calls.named(wiring.model, args, kwargs))
+        step = self._open(calls.named(wiring.model, args, kwargs), len(args))
         if step.sample.edited is not None:
             fresh = calls.written(wiring.pipe, step.sample, step.arguments[name], step.timestep)
             args, kwargs = ((fresh, *args[1:]), kwargs) if args else ((), {**kwargs, name: fresh})
         self.acting = step
         try:
-            output = original(*args, **kwargs)
+            with step.prefix.recorded() if step.prefix is not None else nullcontext():
+                output = original(*args, **kwargs)
         finally:
             self.acting = None
+        run = step.run
+        run.passes["main"] = run.passes.get("main", 0.0) + step.rows.total / run.images
         return self._close(step, output)
 
-    def _open(self, arguments: dict[str, Any]) -> Step:
+    def _open(self, arguments: dict[str, Any], positional: int) -> Step:
         """The step a denoiser call is, after the controls have had their say before it."""
         wiring, family, pipe = self.wiring, self.wiring.family, self.wiring.pipe
         raw, timestep, text = (
@@ -137,6 +143,7 @@ class Flow:
             arguments=arguments,
             extra=extra,
             text_rows=text.shape[1] if isinstance(text, Tensor) else None,
+            positional=positional,
         )
         with self._rest():
             for control in wiring.controls():
@@ -168,17 +175,32 @@ class Flow:
     def _close(self, step: Step, output: Any) -> Any:
         """The denoiser's output after the controls have had their say."""
         tensor, wrap = calls.prediction(output)
-        edited = tensor
+        edited = step.prediction = tensor
         if not step.extra:
             with self._rest():
                 for control in self.wiring.controls():
                     answer = control.after_denoise(step, edited)
                     edited = edited if answer is None else answer
+            self._keep_term(step)
+        if self.term is not None:
+            blocks = edited.shape[0] // self.term.shape[0]
+            edited = edited + torch.cat([self.term.to(edited)] * blocks)
         return output if edited is tensor else wrap(edited)
+
+    def _keep_term(self, step: Step) -> None:
+        """A term of guidance goes into every call of the step; so the call that makes it must be the first."""
+        if step.rows.cond is None:
+            self.unguided = self.term is None
+            return
+        self.term = step.term
+        if self.term is not None and self.unguided:
+            who = type(self.wiring.pipe).__name__
+            raise ControlError(f"{who} makes its unconditional call first, so a term of guidance comes too late for it")
 
     def on_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.turn.go_on()
         sample, self.sample = self.sample, None
+        self.term, self.unguided = None, False
         if sample is not None and sample.edited is not None:
             scheduler = self.wiring.patches["step"].owner
             bound = inspect.signature(type(scheduler).step).bind(scheduler, *args, **kwargs)
@@ -206,7 +228,7 @@ class Flow:
             self.watching.see(call)
             return kernel(q, k, v, bias, scale)
         chain = self.wiring.chains[site.name]
-        if step.extra:
+        if step.extra or step.pass_name != "main":
             chain = tuple(control for control in chain if control.lane is not Lane.MAPS)
         return run_chain(chain, call, kernel)
 
@@ -240,17 +262,27 @@ class Flow:
             self.watching = None
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
+    def acts(self, step: Step) -> Iterator[None]:
+        """A further forward runs in which controls act as in this step."""
+        before, self.acting = self.acting, step
+        try:
+            with self.apart(f"attnctl {step.pass_name}"):
+                yield
+        finally:
+            self.acting = before
+
+    @contextmanager
+    def apart(self, name: str = "attnctl") -> Iterator[None]:
         """A forward of our own runs; step caches of the model keep its states apart under a name of its own."""
         model = self.wiring.model
         context: Any = getattr(type(model), "cache_context", None)
         try:
-            with context(model, "attnctl") if context else nullcontext():
+            with context(model, name) if context else nullcontext():
                 yield
         finally:
             if self.branch is not None:  # leaving any cache_context clears the one around it: enter that again
-                name, kwargs, stack = self.branch
-                stack.enter_context(context(model, name, **kwargs))
+                branch, kwargs, stack = self.branch
+                stack.enter_context(context(model, branch, **kwargs))
 
 
 def _drawing(own: Any) -> Any:

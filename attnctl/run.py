@@ -15,6 +15,7 @@ from .families import Family
 from .sites import Site
 
 if TYPE_CHECKING:
+    from .passes import Edit, Prefix
     from .wiring import Wiring
 
 Texts = dict[str, list[str]]  # encode_prompt argument -> one text per image
@@ -31,6 +32,8 @@ class Run:
         latent_size: (height, width) in latent cells, unpacked.
         steps: conditional denoiser calls this pipeline call will make; 0 if the scheduler does not say.
         calls: how many it has made.
+        passes: forwards of the denoiser for one picture so far, by the name of the pass: "main" is the pipeline's own,
+            with both halves of classifier-free guidance. A pass that shares its first blocks counts in part.
     """
 
     family: Family
@@ -44,6 +47,7 @@ class Run:
     calls: int = 0
     start: int = 0  # position of the first step in the scheduler's timesteps
     schedule: int = 0  # how many timesteps the scheduler has
+    passes: dict[str, float] = field(default_factory=dict)
     _states: dict[int, tuple[Control, Any]] = field(default_factory=dict)
 
     @property
@@ -146,6 +150,8 @@ class Step:
         scale: factor the scheduler puts on latents before the denoiser sees them (Euler: (sigma^2 + 1) ** -0.5).
         sigma: noise level, where the scheduler has one.
         fraction: position in the whole schedule, from 0 (noise) towards 1; image-to-image starts further on.
+        pass_name: "main" in the pipeline's own forward, else what `forward` was told.
+        prediction: what the denoiser predicted, before any control had its say; from `after_denoise` on.
     """
 
     run: Run
@@ -160,6 +166,11 @@ class Step:
     arguments: dict[str, Any]  # of this denoiser call by name, before edits
     extra: bool = False
     text_rows: int | None = None
+    pass_name: str = "main"
+    positional: int = 0  # so many of the arguments were given without their names
+    prediction: Tensor | None = None
+    term: Tensor | None = None  # of guidance, see `guide`
+    prefix: Prefix | None = None  # what a further pass may share with the pipeline's own
 
     @property
     def latents(self) -> Tensor:
@@ -206,3 +217,55 @@ class Step:
         from .gradient import probe
 
         probe(self, latents, watch, images, checkpoint, bfloat16)
+
+    def share(self, site: str) -> None:
+        """Announce, in `before_denoise`, a `forward` that is the same as the pipeline's own before this module.
+
+        What the stages before it give is then kept, and that pass costs only the rest. Where it cannot be kept
+        (compiled models, step caches, group offload), the pass runs as a whole.
+        """
+        if self.prefix is None:
+            from .passes import Prefix
+
+            self.prefix = Prefix(self)
+        self.prefix.ask(site)
+
+    def forward(self, name: str, start: str | None = None, blocks: Mapping[str, Edit] | None = None) -> Tensor:
+        """Run the denoiser once more on the conditional rows, with the edited latents. For `after_denoise`.
+
+        All controls act in it but those that only record. `call.step.pass_name` tells them which pass they are in.
+
+        Args:
+            name: of the pass.
+            start: a module; whoever asks promises that nothing before it differs from the pipeline's own forward.
+            blocks: transformer blocks by module name, with a function that edits the picture's tokens as they enter,
+                (images, tokens, channels), or returns None to skip the block.
+
+        Returns:
+            The prediction, (images, ...).
+
+        Raises:
+            ControlError: this denoiser call has no conditional rows.
+        """
+        from .passes import forward
+
+        return forward(self, name, start, blocks)
+
+    def guide(self, term: Tensor) -> None:
+        """Add a term to the guided prediction of this step. For `after_denoise`.
+
+        It is added to the conditional and the unconditional prediction, also where the pipeline makes two calls. So
+        u + s (c - u) becomes u + s (c - u) + term, at any guidance scale s. Terms of several controls add up.
+
+        Args:
+            term: (images, ...), shaped like the conditional rows of the prediction.
+
+        Raises:
+            ControlError: it has another shape, or this is not the place.
+        """
+        if self.prediction is None or self.rows.cond is None:
+            raise ControlError("step.guide is for after_denoise of a call with conditional rows")
+        if term.shape != self.prediction[self.rows.cond].shape:
+            shape = tuple(self.prediction[self.rows.cond].shape)
+            raise ControlError(f"a term of guidance has the shape of the prediction, {shape}, not {tuple(term.shape)}")
+        self.term = term if self.term is None else self.term + term

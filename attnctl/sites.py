@@ -28,6 +28,8 @@ class Site:
         layer: position in execution order among all sites of the denoiser, from 0 (UNet: down, mid, up).
         factor: latent cells per grid cell along one side (UNet 1, 2, 4, 8; SD3 and FLUX 2); None at text sites.
         order: at joint sites, which rows come first; else None.
+        block: position of its transformer block among those of the denoiser, from 0: the number that papers give. The
+            self and cross site of a UNet's block share it, as do the two attentions of a block of SD 3.5.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Site:
     layer: int
     factor: int | None
     order: Literal["text-first", "image-first"] | None = None
+    block: int = 0
 
     def grid(self, latent_height: int, latent_width: int) -> tuple[int, int]:
         """(height, width) of the grid of image queries for latents of this many cells; halving rounds up."""

@@ -92,6 +92,20 @@ class Wiring:
         """All controls in order of attachment."""
         return [control for attachment in self.attachments for control in attachment.controls]
 
+    @property
+    def compiled(self) -> bool:
+        """True if the denoiser, or a module in it, runs compiled."""
+        written = self.patches["call"].ours.call == self.model._call_impl
+        modules = (vars(module) for module in self.model.modules() if module is not self.model)
+        return not written or any(
+            one.get("_compiled_call_impl") is not None or hasattr(one.get("forward"), "_torchdynamo_orig_callable")
+            for one in (*modules, {"forward": vars(self.model).get("forward")})
+        )
+
+    def denoiser(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the denoiser as the pipeline would if nothing were patched around it; compiled if it is."""
+        return self.patches["call"].ours.call(*args, **kwargs)
+
     def _arrange(self) -> None:
         """Sit at exactly the sites that some control selects."""
         chosen: dict[str, list[Control]] = {}

@@ -9,7 +9,11 @@ from attnctl.maps import TokenMaps
 from .astar import AStar
 from .binding import Binding
 from .excitation import Excitation
+from .perturb import Pag, Perturb, Seg, Slg, Tpg
 from .retention import Retention
 from .segregation import Segregation
 
-__all__ = ["AStar", "Binding", "Control", "Excitation", "Retention", "Segregation", "TokenMaps"]
+__all__ = [
+    "AStar", "Binding", "Control", "Excitation", "Pag", "Perturb", "Retention", "Seg", "Segregation", "Slg",
+    "TokenMaps", "Tpg",
+]  # fmt: skip

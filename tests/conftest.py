@@ -1,9 +1,16 @@
-"""What every test leaves as it was."""
+"""What every test starts with and leaves as it was."""
 
+import os
 from collections.abc import Iterator
 
+# Several processes run tests side by side; threads of torch that wait for each other would slow all of them down.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
+import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry
+
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from toys import Bias, Descend, Guide, Identity, Output, Push
 
 from attnctl.control import Control
-from attnctl.processors import AStar, Binding, Excitation, Retention, Segregation, TokenMaps
+from attnctl.processors import AStar, Binding, Excitation, Pag, Perturb, Retention, Segregation, TokenMaps, Tpg
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,24 @@ CASES = {
         lambda: AStar("cat", "dog", bonds=(("and", "cat"),), updates=2, enough=0.1, relative=0.1),
         lambda: AStar("cat", "dog", strength=0.0),
     ),
-}
+    "perturb": Case(lambda: Perturb("1:0 2", u=0.7, scale=6.0), lambda: Perturb("1:0 2", scale=0.0)),
+    "blur": Case(
+        lambda: Perturb("1", kind="blur", scale=60.0, sigma=2.0), lambda: Perturb("1", kind="blur", scale=0.0)
+    ),
+    "pag": Case(lambda: Pag("1", scale=20.0), lambda: Pag("1", scale=0.0), families=("sd1", "sd3")),
+    "uniform": Case(
+        lambda: Perturb("1", kind="uniform", scale=60.0), lambda: Perturb("1", kind="uniform", scale=0.0),
+        families=("sd1", "sd3"),
+    ),
+    "temperature": Case(
+        lambda: Perturb("1", kind="temperature", scale=60.0), lambda: Perturb("1", kind="temperature", scale=0.0),
+        families=("sd1", "sd3"),
+    ),
+    "skip": Case(
+        lambda: Perturb("1", kind="skip"), lambda: Perturb("1", kind="skip", scale=0.0), families=("sd1", "sd3")
+    ),
+    "shuffle": Case(lambda: Tpg("1"), lambda: Tpg("1", scale=0.0), families=("sd1", "sd3")),
+}  # fmt: skip
 
 PAIRS = [pytest.param(case, name, id=f"{label}-{name}") for label, case in CASES.items() for name in case.families]
 every_pair = pytest.mark.parametrize(("case", "family"), PAIRS)

@@ -1,0 +1,493 @@
+"""Perturbation guidance: the prediction is pushed away from that of the same model with broken attention.
+
+    e = u0 + s (c - u0) + w (c - p)
+
+with the unconditional, conditional and perturbed predictions u0, c, p; s is the pipeline's guidance scale, w ours. The
+weak prediction p is a further forward on the conditional rows in which chosen heads attend badly. With the queries,
+keys and values q, k, v of a head, its logits S, its map A = softmax(S) and its output O = A v, that output becomes
+
+    O' = (1 - u) O + u P        (heads are (batch, heads, queries, head_dim))
+
+where P depends on the kind; no map is ever made:
+
+    identity     P = v: each place sees itself only. PAG (Ahn et al., ECCV 2024, arXiv 2403.17377) at u = 1, SoftPAG
+                 (Ahn et al., NeurIPS 2025, arXiv 2506.10978, equation 7) below
+    uniform      P = mean of v: each place sees everything alike (arXiv 2506.10978, appendix C.1)
+    blur         P = softmax of S with queries blurred over the picture (SEG, Hong, NeurIPS 2024, arXiv 2408.00760); at
+                 sigma = inf all queries are their mean
+    temperature  P = softmax(S / tau) v (arXiv 2506.10978, appendix C.3)
+    skip         the whole block is left out (skip-layer guidance, as Stability AI published it with SD 3.5)
+    shuffle      the picture's tokens enter the block in random order (TPG, arXiv 2506.10036)
+
+Joint attention holds text (T) and picture (I). The scope says what is broken there:
+
+    whole            rows of both: P as above (the code of arXiv 2506.10978)
+    image            rows of the picture only
+    image-masked     identity only. To a place of the picture all others of the picture are closed, before the softmax:
+                     P_i = g v_i + (1 - g) O_T with g = sigmoid(S_ii - l_T)          (diffusers' PAG of SD 3)
+    image-diagonal   identity only. What a place gives to the picture it gives to itself, what it gives to text stays:
+                     P_i = a v_i + (1 - a) O_T with a = sigmoid(l_I - l_T)
+
+with l_T, l_I the log-sum-exp of a row's logits over text and picture, and O_T the attention to text alone.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnctl.control import AttentionCall, Control, Lane, Proceed
+from attnctl.errors import ControlError
+from attnctl.heads import Heads, pick_heads, write_heads
+from attnctl.maps import check_window
+from attnctl.run import Run, Step
+from attnctl.sites import Site, discover
+
+Kind = Literal["identity", "uniform", "blur", "temperature", "skip", "shuffle"]
+Scope = Literal["whole", "image", "image-masked", "image-diagonal"]
+Rescale = Literal["full", "partial"]
+
+WHOLE_BLOCKS: tuple[Kind, ...] = ("skip", "shuffle")
+INERT = 5e-3  # of the prediction; what moves it less cannot be seen in the picture (glyph-sd; the limit is ours)
+
+# --- maths ------------------------------------------------------------------------------------------------------------
+
+
+def mix(out: Tensor, weak: Tensor, u: Tensor) -> Tensor:
+    """(1 - u) out + u weak, exact at both ends; u is (batch, heads, 1, 1)."""
+    return torch.where(u == 1, weak, out + u * (weak - out))
+
+
+def blurred(q: Tensor, grid: tuple[int, int], sigma: float) -> Tensor:
+    """Queries blurred over the picture by a Gaussian, each channel by itself.
+
+    Args:
+        q: (batch, heads, cells, head_dim), cells row by row.
+        grid: (height, width) of the cells.
+        sigma: in cells, above 0; inf gives the mean of all cells.
+
+    Along each side the kernel has ceil(6 sigma) + 1 cells, made odd and no wider than the side allows; edges are
+    reflected, as in SEG's code, which knows square grids only.
+    """
+    if math.isinf(sigma):
+        return q.mean(2, keepdim=True).expand_as(q)
+    batch, heads, _, channels = q.shape
+    x = q.float().transpose(2, 3).reshape(batch * heads * channels, 1, *grid)
+    for axis, side in enumerate(grid):
+        size = min(math.ceil(6 * sigma) + 1 - math.ceil(6 * sigma) % 2, side + 1 - side % 2)
+        places = torch.arange(size, device=q.device) - size // 2
+        weights = torch.exp(-0.5 * (places / sigma) ** 2)
+        kernel = (weights / weights.sum()).reshape(1, 1, *((-1, 1) if axis == 0 else (1, -1)))
+        padding = (0, 0, size // 2, size // 2) if axis == 0 else (size // 2, size // 2, 0, 0)
+        x = F.conv2d(F.pad(x, padding, mode="reflect"), kernel)
+    return x.reshape(batch, heads, channels, -1).transpose(2, 3).to(q.dtype)
+
+
+def text_logsumexp(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """The log-sum-exp of each row's logits over few keys, (batch, heads, queries), in float32; a head at a time."""
+    found = []
+    for head in range(q.shape[1]):
+        logits = q[:, head].float() @ k[:, head].float().mT * scale  # (batch, queries, keys)
+        if bias is not None:
+            logits = _biased(logits, bias[:, min(head, bias.shape[1] - 1)])
+        found.append(logits.logsumexp(-1))
+    return torch.stack(found, 1)
+
+
+def _biased(logits: Tensor, bias: Tensor) -> Tensor:
+    return logits.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else logits + bias.float()
+
+
+# --- one attention call -----------------------------------------------------------------------------------------------
+
+
+def _full_bias(call: AttentionCall) -> Tensor | None:
+    """The bias with four dimensions, or None."""
+    return None if call.bias is None else call.bias[(None,) * (4 - call.bias.ndim)]
+
+
+def _queries(call: AttentionCall, rows: slice) -> AttentionCall:
+    """The call of some queries alone."""
+    bias = _full_bias(call)
+    bias = bias[:, :, rows] if bias is not None and bias.shape[2] > 1 else bias
+    return call.replace(q=call.q[:, :, rows], bias=bias)
+
+
+def _own_values(call: AttentionCall) -> Tensor:
+    """The value of each query's own key, (batch, heads, queries, head_dim); grouped heads share theirs."""
+    return call.v.repeat_interleave(call.q.shape[1] // call.v.shape[1], dim=1)
+
+
+def _uniform(call: AttentionCall, proceed: Proceed) -> Tensor:
+    if call.bias is None:
+        return _own_values(call).mean(2, keepdim=True).expand(*call.q.shape[:-1], call.v.shape[-1])
+    return proceed(call.replace(q=torch.zeros_like(call.q)))  # the logits that are left are those that controls set
+
+
+def _blur(call: AttentionCall, proceed: Proceed, sigma: float, scope: Scope) -> Tensor:
+    if math.isinf(sigma) and (scope == "whole" or call.site.kind == "self"):
+        mean = call.q.mean(2, keepdim=True)
+        bias = _full_bias(call)
+        if bias is None or bias.shape[2] == 1:  # one row of attention is that of all
+            return proceed(call.replace(q=mean)).expand(*call.q.shape[:-1], call.v.shape[-1])
+        return proceed(call.replace(q=mean.expand_as(call.q)))
+    q = call.q.clone()
+    q[:, :, call.image] = blurred(q[:, :, call.image], call.grid, sigma)
+    return proceed(call.replace(q=q))
+
+
+def _temperature(call: AttentionCall, proceed: Proceed, tau: float) -> Tensor:
+    scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
+    bias = call.bias if call.bias is None or call.bias.dtype == torch.bool else call.bias / tau
+    return proceed(call.replace(scale=scale / tau, bias=bias))
+
+
+def _kept_by_text(call: AttentionCall, proceed: Proceed, scope: Scope) -> Tensor:
+    """P of the scopes that leave text as it is, for the picture's rows: (batch, heads, cells, head_dim)."""
+    rows = _queries(call, call.image)
+    count, image = call.k.shape[2], call.image
+    own = _own_values(call)[:, :, image]
+    others = torch.cat([torch.arange(image.start), torch.arange(image.stop, count)]).to(call.q.device)
+    bias = _full_bias(rows)
+    scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
+    k = call.k.repeat_interleave(call.q.shape[1] // call.k.shape[1], dim=1)
+
+    def part(keys: Tensor | slice) -> Tensor | None:
+        return bias[..., keys] if bias is not None and bias.shape[3] > 1 else bias
+
+    text = proceed(rows.replace(k=call.k[:, :, others], v=call.v[:, :, others], bias=part(others)))
+    spread = text_logsumexp(rows.q, k[:, :, others], scale, part(others))
+    if scope == "image-masked":
+        logits = (rows.q.float() * k[:, :, image].float()).sum(-1) * scale  # S_ii
+        if bias is not None:
+            inner = part(image)
+            assert inner is not None
+            square = inner.expand(*inner.shape[:2], rows.q.shape[2], rows.q.shape[2])
+            logits = _biased(logits, square.diagonal(dim1=2, dim2=3))
+        share = (logits - spread).sigmoid()
+    else:  # how much of a row goes to the picture, by one more call whose values say what is picture
+        here = torch.zeros_like(call.v)
+        here[:, :, image, 0] = 1.0
+        share = proceed(rows.replace(v=here))[..., 0].float()
+    return (share[..., None] * own + (1 - share[..., None]) * text).to(call.q.dtype)
+
+
+# --- the control ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Weak:
+    """What a `Perturb` does in one run, and what it has done.
+
+    Attributes:
+        name: of its pass.
+        heads: the chosen heads, as text, for each set of them.
+        strengths: site name -> (images, heads), u of each head, 0 where it is not chosen.
+        blocks: module names of the blocks that a kind of whole blocks edits, in execution order.
+        start: the first module that differs from the pipeline's own forward.
+        effects: step -> |c - p| / |c| of each image.
+    """
+
+    name: str
+    heads: tuple[str, ...]
+    strengths: dict[str, Tensor]
+    blocks: tuple[str, ...]
+    start: str
+    effects: dict[int, list[float]] = field(default_factory=dict)
+
+    @property
+    def effect(self) -> float:
+        """|c - p| / |c|, mean over steps and images; NaN before the first step."""
+        values = [value for step in self.effects.values() for value in step]
+        return sum(values) / len(values) if values else math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        effect = None if math.isnan(self.effect) else self.effect
+        return {"pass": self.name, "heads": list(self.heads), "effect": effect, "effects": self.effects}
+
+    def __str__(self) -> str:
+        return f"heads {'; '.join(self.heads)}, effect {self.effect:.2%} in {len(self.effects)} steps"
+
+
+@dataclass(frozen=True)
+class Perturb(Control):
+    """Guides away from a model whose chosen attention heads are broken: `scale` (c - p) is added to the prediction.
+
+    Settings:
+        heads: which heads, see `attnctl.heads.pick_heads`: "7:3 12:9" (block:head), "7-10" (whole blocks), "mid",
+            "all", a glob of names, or a file that holds such a list. `attnctl sites` lists the blocks.
+        u: how far they are broken, in (0, 1]; 1 is PAG. One number, or one for each image of the batch.
+        scale: weight w of the difference, from 0; 0 does nothing at all. Papers' convention: e + w (c - p).
+        kind: identity, uniform, blur, temperature, skip or shuffle; the last two take whole blocks and u = 1.
+        scope: what is broken where text and picture attend together: whole, image, image-masked, image-diagonal.
+        sigma: of kind blur, in cells of the grid; inf is the mean query.
+        tau: of kind temperature; above 1 flattens maps, below 1 sharpens them. The default is ours.
+        adaptive: how fast the scale falls with the timestep t: max(0, scale - adaptive (1000 - t)); diffusers' PAG.
+        window: part of the schedule to act in, from 0 (noise) to 1 (picture): a step at f counts if start <= f < end.
+            Outside of it nothing is paid.
+        rescale: 0 to 1, how far the term is shrunk so that the guided prediction has the spread of c, against too much
+            contrast.
+        rescale_mode: of the guided prediction: "full", with classifier-free guidance, or "partial", c and this term.
+        candidates: sets of heads, one for each image of the batch, drawn together; then `heads` is not read.
+        seed: of kind shuffle.
+
+    Costs one forward of the conditional rows at each step; where it can, it starts at the first perturbed block.
+    `run.report` says how many forwards were spent, and how far apart c and p were ("effect").
+
+    Raises:
+        ControlError: a setting is out of its range; at the pipeline call, if the window holds no step, if candidates or
+            values of u do not fit the images, or if the heads change nothing at all.
+        NoSiteError: heads that do not exist.
+    """
+
+    heads: Heads = "mid"
+    u: float | tuple[float, ...] = 1.0
+    scale: float = 3.0
+    kind: Kind = "identity"
+    scope: Scope = "whole"
+    sigma: float = math.inf
+    tau: float = 4.0
+    adaptive: float = 0.0
+    window: tuple[float, float] = (0.0, 1.0)
+    rescale: float = 0.0
+    rescale_mode: Rescale = "full"
+    candidates: tuple[Heads, ...] | None = None
+    seed: int = 0
+
+    lane: ClassVar[Lane] = Lane.OUTPUT
+    innermost: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        who = type(self).__name__
+        for name, kinds in (("kind", Kind), ("scope", Scope), ("rescale_mode", Rescale)):
+            if getattr(self, name) not in get_args(kinds):
+                raise ControlError(f"{name} is one of {', '.join(get_args(kinds))}; not {getattr(self, name)!r}")
+        for name, low, high in (("scale", 0, math.inf), ("adaptive", 0, math.inf), ("rescale", 0, 1)):
+            if not _number(getattr(self, name)) or not low <= getattr(self, name) <= min(high, 1e6):
+                raise ControlError(f"{name} is a number from {low} to {min(high, 1e6):g}, not {getattr(self, name)!r}")
+        for name in ("sigma", "tau"):
+            if not _number(getattr(self, name)) or not getattr(self, name) > 0:
+                raise ControlError(f"{name} is a number above 0, not {getattr(self, name)!r}")
+        if math.isinf(self.tau):
+            raise ControlError("tau is finite; kind='uniform' is its limit")
+        if not all(_number(u) and 0 <= u <= 1 for u in self._each_u()) or not self._each_u():
+            raise ControlError(f"u is a number from 0 to 1, or one for each image; not {self.u!r}")
+        if self.scale and not any(self._each_u()):
+            raise ControlError(f"{who} with u = 0 breaks nothing, so it cannot guide; scale = 0 switches it off")
+        if self.kind in WHOLE_BLOCKS and (self.candidates is not None or set(self._each_u()) != {1}):
+            raise ControlError(f"kind {self.kind!r} takes whole blocks in all images: u = 1, and no candidates")
+        if self.scope.startswith("image-") and self.kind != "identity":
+            raise ControlError(f"scope {self.scope!r} is for kind 'identity'; {self.kind!r} has whole and image")
+        if self.candidates is not None and (isinstance(self.candidates, str) or not len(self.candidates)):
+            raise ControlError("candidates are sets of heads, one for each image, such as ('7:3', '12:9')")
+        if type(self.seed) is not int:
+            raise ControlError(f"seed is a whole number, not {self.seed!r}")
+        check_window(self.window)
+
+    def _each_u(self) -> tuple[float, ...]:
+        return tuple(self.u) if isinstance(self.u, (tuple, list)) else (self.u,)
+
+    def _picked(self, available: tuple[Site, ...]) -> list[dict[Site, tuple[int, ...]]]:
+        """The chosen heads: of all images, or of each."""
+        found = [pick_heads(available, one) for one in (self.candidates or (self.heads,))]
+        if self.kind in WHOLE_BLOCKS:
+            for site, heads in found[0].items():
+                if len(heads) < site.heads:
+                    raise ControlError(f"kind {self.kind!r} takes whole blocks; {self.heads!r} names heads")
+        return found
+
+    def sites(self, available: tuple[Site, ...]) -> tuple[Site, ...]:
+        chosen = {site for one in self._picked(available) for site in one}
+        return tuple(site for site in available if site in chosen)
+
+    def begin(self, run: Run) -> Weak:
+        found = self._picked(discover(run.pipe))
+        each = self._each_u()
+        for name, count in (("candidates", len(found)), ("values of u", len(each))):
+            if count not in (1, run.images) or (
+                count == 1 and name == "candidates" and self.candidates and run.images > 1
+            ):
+                raise ControlError(f"{count} {name} do not fit {run.images} images")
+        left = [min((run.start + i) / run.schedule, 1.0) for i in range(run.steps)] if run.schedule else []
+        if self.scale and left and not any(self.window[0] <= at < self.window[1] for at in left):
+            raise ControlError(f"window {self.window} holds none of the {len(left)} steps of this run")
+        if self.rescale and self.rescale_mode == "full" and run.family.branches == "sequential":
+            raise ControlError(
+                f"rescale_mode='full' needs both halves of guidance in one call, which {type(run.pipe).__name__} does "
+                "not make; use rescale_mode='partial'"
+            )
+        strengths: dict[str, Tensor] = {}
+        for image in range(run.images):
+            for site, heads in found[image % len(found)].items():
+                own = strengths.setdefault(site.name, torch.zeros(run.images, site.heads, dtype=torch.float64))
+                own[image, list(heads)] = float(each[image % len(each)])
+        first = next(site.name for site in discover(run.pipe) if site.name in strengths)
+        blocks = dict.fromkeys(name.rpartition(".")[0] for name in strengths)
+        name = type(self).__name__.lower()
+        while name in run.passes:
+            name += "'"
+        run.passes[name] = 0.0
+        return Weak(name, tuple(map(write_heads, found)), strengths, tuple(blocks), first)
+
+    def weight(self, step: Step) -> float:
+        """w at a step, 0 outside the window."""
+        if not self.window[0] <= step.fraction < self.window[1]:
+            return 0.0
+        if not self.adaptive:
+            return self.scale
+        now = float(torch.as_tensor(step.timestep, dtype=torch.float32).flatten()[0]) * step.run.family.time
+        return max(0.0, self.scale - self.adaptive * (1000 - now))
+
+    def before_denoise(self, step: Step) -> None:
+        if self.weight(step):
+            step.share(step.run.state(self).start)
+
+    def after_denoise(self, step: Step, output: Tensor) -> None:
+        weight = self.weight(step)
+        if step.rows.cond is None or not weight:
+            return
+        weak: Weak = step.run.state(self)
+        edit = {"skip": self._skip, "shuffle": self._shuffled(step)}.get(self.kind)
+        own = step.forward(weak.name, weak.start, dict.fromkeys(weak.blocks, edit) if edit else None)
+        assert step.prediction is not None
+        strong = step.prediction[step.rows.cond].float()
+        gap = strong - own.float()
+        self._note(step, weak, strong, gap, output.dtype)
+        step.guide(self._rescaled(step, weight * gap, strong))
+
+    def attend(self, call: AttentionCall, proceed: Proceed) -> Tensor:
+        weak: Weak = call.step.run.state(self)
+        if call.step.pass_name != weak.name or self.kind in WHOLE_BLOCKS:
+            return proceed(call)
+        u = weak.strengths[call.site.name].to(call.q)[:, :, None, None]
+        joint = call.site.kind == "joint"
+        if joint and self.scope != "whole":
+            return self._attend_image(call, proceed, u)
+        broken = self._broken(call, proceed)
+        return broken if bool((u == 1).all()) else mix(proceed(call), broken, u)
+
+    def _attend_image(self, call: AttentionCall, proceed: Proceed, u: Tensor) -> Tensor:
+        """Only the picture's rows are broken; the others attend as ever."""
+        image = call.image
+        if self.scope == "image":
+            broken = self._broken(call, proceed)[:, :, image]
+        else:
+            broken = _kept_by_text(call, proceed, self.scope)
+        if bool((u == 1).all()):  # then the picture's rows need not be worked out
+            rest = [slice(0, image.start), slice(image.stop, call.q.shape[2])]
+            first, last = (
+                proceed(_queries(call, rows)) if rows.stop > rows.start else broken[:, :, :0] for rows in rest
+            )
+            return torch.cat([first, broken, last], dim=2)
+        out = proceed(call).clone()
+        out[:, :, image] = mix(out[:, :, image], broken, u)
+        return out
+
+    def _broken(self, call: AttentionCall, proceed: Proceed) -> Tensor:
+        """P for all rows."""
+        if self.kind == "uniform":
+            return _uniform(call, proceed)
+        if self.kind == "blur":
+            return _blur(call, proceed, self.sigma, self.scope)
+        if self.kind == "temperature":
+            return _temperature(call, proceed, self.tau)
+        return _own_values(call)
+
+    @staticmethod
+    def _skip(hidden: Tensor) -> None:
+        return None
+
+    def _shuffled(self, step: Step) -> Any:
+        """A new order at each block and step, the same for all images: each is drawn as it would be alone."""
+        order = torch.Generator().manual_seed((self.seed * 1_000_003 + step.index) % 2**63)
+
+        def edit(hidden: Tensor) -> Tensor:
+            return hidden[:, torch.randperm(hidden.shape[1], generator=order).to(hidden.device)]
+
+        return edit
+
+    def _rescaled(self, step: Step, term: Tensor, strong: Tensor) -> Tensor:
+        if not self.rescale:
+            return term
+        base = strong
+        if self.rescale_mode == "full" and step.rows.uncond is not None:
+            assert step.prediction is not None
+            plain = step.prediction[step.rows.uncond].float()
+            base = plain + float(step.run.pipe.guidance_scale) * (strong - plain)
+        every = tuple(range(1, term.ndim))
+        ratio = strong.std(every, keepdim=True) / (base + term).std(every, keepdim=True)
+        return term * (self.rescale * ratio + 1 - self.rescale)
+
+    def _note(self, step: Step, weak: Weak, strong: Tensor, gap: Tensor, dtype: torch.dtype) -> None:
+        """Keep the size of the effect; a perturbation that changes nothing is an error."""
+        effect = gap.flatten(1).norm(dim=1) / strong.flatten(1).norm(dim=1).clamp_min(1e-12)
+        weak.effects[step.index] = effect.tolist()
+        broken = torch.stack([one.any(1) for one in weak.strengths.values()]).any(0)
+        least = 16 * torch.finfo(dtype).eps if dtype in (torch.float32, torch.float64) else 0.0  # rounding
+        still = [image for image, value in enumerate(weak.effects[step.index]) if broken[image] and value <= least]
+        if still:
+            heads = weak.heads[still[0] % len(weak.heads)]
+            weak.effects.clear()
+            raise ControlError(
+                f"{type(self).__name__} changes nothing: the prediction is the same with heads {heads} broken by kind "
+                f"{self.kind!r}; choose other heads"
+            )
+
+    def end(self, run: Run) -> None:
+        weak: Weak = run.state(self)
+        if weak.effects and weak.effect < INERT:
+            warnings.warn(
+                f"{type(self).__name__} hardly does anything: breaking heads {'; '.join(weak.heads)} moves the "
+                f"prediction by {weak.effect:.3%}; other heads may do more",
+                stacklevel=2,
+            )
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+
+
+# --- short names ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pag(Perturb):
+    """Perturbed-attention guidance (arXiv 2403.17377) as diffusers has it: whole blocks, identity maps, scale 3.
+
+    On SD 3 the picture's own block of the map is masked before the softmax, as in diffusers' pipeline.
+    """
+
+    scope: Scope = "image-masked"
+
+
+@dataclass(frozen=True)
+class Seg(Perturb):
+    """Smoothed-energy guidance (arXiv 2408.00760): queries blurred over the picture, by default to their mean."""
+
+    kind: Kind = "blur"
+    scope: Scope = "image"
+
+
+@dataclass(frozen=True)
+class Slg(Perturb):
+    """Skip-layer guidance with the defaults of diffusers' SD 3 pipeline: blocks 7 to 9, early steps, scale 2.8."""
+
+    heads: Heads = "7-9"
+    scale: float = 2.8
+    kind: Kind = "skip"
+    window: tuple[float, float] = (0.01, 0.2)
+
+
+@dataclass(frozen=True)
+class Tpg(Perturb):
+    """Token-perturbation guidance (arXiv 2506.10036): tokens of the picture enter the chosen blocks in random order."""
+
+    heads: Heads = "down"
+    kind: Kind = "shuffle"
