@@ -172,7 +172,7 @@ def run_chain(chain: tuple[Control, ...], call: AttentionCall, kernel: Callable[
 
 
 def nest(controls: Sequence[Control], site: Site) -> tuple[Control, ...]:
-    """The controls of one site as they are nested, outermost first: as listed, then the innermost, then a PROBS control.
+    """The controls of one site as they are nested, outermost first: as listed, the innermost, a PROBS control.
 
     A PROBS control does not proceed to attention, it *is* attention; placed last it sees every bias and q/k/v edit.
 

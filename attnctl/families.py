@@ -55,7 +55,7 @@ class Family:
         scaled: the pipeline puts its latents through `scheduler.scale_model_input`.
         time: what to multiply the denoiser's timestep by to find it among the scheduler's.
         stages: attributes of the denoiser that are its trunk, in execution order: modules or lists of modules.
-        skips: how the names of stages begin whose output is read again later on, by skip connections.
+        skips: how the names of stages begin that must hand on their own output, also where later stages do so too.
         hands_on: which of its arguments a transformer block returns, changed.
     """
 
@@ -133,7 +133,7 @@ UNET = Family(
     latent_size=_cells,
     scaled=True,
     stages=("down_blocks", "mid_block", "up_blocks"),
-    skips=("down_blocks.",),
+    skips=("down_blocks.", "mid_block"),  # a ControlNet adds to the middle, in the size it has there
     hands_on=("hidden_states",),
     # SDXL joins its two encoders on the channel axis, so both speak of the same rows.
     streams=(Stream("tokenizer", "prompt"), Stream("tokenizer_2", "prompt_2")),

@@ -29,7 +29,7 @@ def pick_heads(sites: Sequence[Site], heads: Heads) -> dict[Site, tuple[int, ...
 
     Args:
         sites: what there is, e.g. `attnctl.sites(pipe)`.
-        heads: terms with blanks or commas between them, or a tuple of terms. A term is a place, maybe with ":" and heads:
+        heads: terms with blanks or commas between them, or a tuple of terms. A term is a place, or place:heads:
             7:3, 7:0-5, L7H3   heads of one block;
             7, 7-10, 7-10:3    blocks, with all heads or these;
             all                every block;

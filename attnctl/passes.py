@@ -48,7 +48,7 @@ class Prefix:
         return next((i for i, (name, _) in enumerate(self.stages) if site.startswith(f"{name}.")), 0)
 
     def _needed(self, start: int) -> list[int]:
-        """Stages whose output a pass from `start` on reads: the one before it, and those with skip connections."""
+        """Stages whose output a pass from `start` on reads: the one before it, and those the family names."""
         skips = self.step.run.family.skips
         return [i for i in range(start) if i == start - 1 or self.stages[i][0].startswith(skips)]
 
