@@ -111,6 +111,7 @@ def generate(
         raise UsageError("--trace tells what a control does: give --control as well")
     check_writable(out)
     controls = [_control(text) for text in texts]
+    texts = [_with_heads(text, control) for text, control in zip(texts, controls, strict=True)]
 
     from . import drawing, loading, recipe
     from .bars import bars, paused
@@ -250,6 +251,16 @@ def _control(text: str) -> "Control":
     from .control_text import parse_control
 
     return parse_control(text, known_controls())
+
+
+def _with_heads(text: str, control: "Control") -> str:
+    """The control's text for the recipe: heads that stand in a file are written out, since files change."""
+    from .heads import files_of, read_heads
+
+    for file in files_of(getattr(control, "heads", ())):
+        heads = read_heads(Path(file).expanduser())
+        text = text.replace(file, " ".join(map(str, heads)) if isinstance(heads, tuple) else str(heads))
+    return text
 
 
 def _open(model: str, device: str | None, dtype: str, bar: "Progress") -> "DiffusionPipeline":

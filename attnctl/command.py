@@ -3,12 +3,13 @@
 import os
 import sys
 import tempfile
+import warnings
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
-from .errors import AttnctlError
+from .errors import AttnctlError, AttnctlWarning
 
 
 class UsageError(AttnctlError):
@@ -23,6 +24,16 @@ def run(app: typer.Typer, name: str, words: list[str] | None = None) -> NoReturn
         name: how it is called, for messages.
         words: of the command line; None for those of the process.
     """
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **how: Any) -> None:
+        if issubclass(category, AttnctlWarning):
+            _complain(name, str(message))
+        else:
+            shown(message, category, *where, **how)
+
+    warnings.simplefilter("always", AttnctlWarning)
+    warnings.showwarning = show
     try:
         code = app(words, standalone_mode=False)
     except (AttnctlError, OSError) as error:

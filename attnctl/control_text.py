@@ -7,6 +7,7 @@ controls ignore case and "_".
 
 import ast
 import inspect
+import math
 import re
 import sys
 import textwrap
@@ -124,7 +125,11 @@ def _arguments(body: str, text: str) -> tuple[list[str], dict[str, Any]]:
             raise ControlTextError(f"cannot read the control {text!r}: a value is empty")
         if setting is None:
             if settings:
-                raise ControlTextError(f"cannot read the control {text!r}: phrases stand before settings")
+                last = next(reversed(settings))
+                raise ControlTextError(
+                    f"cannot read the control {text!r}: {part!r} stands after a setting; phrases come before settings, "
+                    f"and a value with a comma is quoted or in brackets, such as {last}='a, b'"
+                )
             values.append(part)
         elif setting["name"] in settings:
             raise ControlTextError(f"cannot read the control {text!r}: {setting['name']} is set twice")
@@ -156,7 +161,7 @@ def _listed(word: str) -> list[str] | None:
 def _value(word: str) -> Any:
     if (listed := _listed(word)) is not None:
         return tuple(_value(part) for part in listed)
-    named = {"none": None, "true": True, "false": False}
+    named = {"none": None, "true": True, "false": False, "inf": math.inf}
     if word.lower() in named:
         return named[word.lower()]
     try:

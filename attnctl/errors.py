@@ -5,6 +5,10 @@ class AttnctlError(ValueError):
     """Base of every error attnctl raises on purpose."""
 
 
+class AttnctlWarning(UserWarning):
+    """Something works, but hardly as it was meant to."""
+
+
 class NoSiteError(AttnctlError):
     """A selection matched no attention site, or a control named a site it may not touch."""
 

@@ -36,7 +36,7 @@ def pick_heads(sites: Sequence[Site], heads: Heads) -> dict[Site, tuple[int, ...
             mid                the middle block of a UNet, elsewhere the middle third of the blocks (ours);
             down, up           the blocks on that side of a UNet;
             up_blocks.1.*:0    sites whose name is this, or fits this glob;
-            dark.json          a file {"heads": "1:2 1:10"}, that may also name the "family" it was made for.
+            dark.json          a file {"heads": "1:2 1:10"}; with "shape": "24 blocks of 24 heads" it fits no other.
 
     Raises:
         NoSiteError: a term names nothing, or a block or head that does not exist; says what exists.
@@ -68,22 +68,33 @@ def _terms(heads: Heads, sites: Sequence[Site]) -> list[str]:
     if isinstance(heads, bool) or not isinstance(heads, (str, int, tuple, list)):
         raise NoSiteError(f"heads are text such as '7:3 12:9', 'mid' or '7-10'; not {heads!r}")
     words: list[str] = []
+    for word in _words(heads):
+        published = _PUBLISHED.fullmatch(word)
+        if word.endswith(".json"):
+            words += _terms(read_heads(Path(word).expanduser(), sites), sites)
+        else:
+            words.append(f"{published[1]}:{published[2]}" if published else word)
+    return words
+
+
+def _words(heads: Heads) -> list[str]:
+    words: list[str] = []
     for one in heads if isinstance(heads, (tuple, list)) else (heads,):
         if not isinstance(one, (str, int)) or isinstance(one, bool):
             raise NoSiteError(f"heads are text such as '7:3 12:9', 'mid' or '7-10'; not {one!r}")
         text = str(one).strip()
         whole = text.endswith(".json") and Path(text).expanduser().exists()  # such a path may hold blanks
-        for word in [text] if whole else re.split(r"[\s,;]+", text):
-            published = _PUBLISHED.fullmatch(word)
-            if word.endswith(".json"):
-                words += _terms(read_heads(Path(word).expanduser(), sites), sites)
-            elif word:
-                words.append(f"{published[1]}:{published[2]}" if published else word)
+        words += [text] if whole else [word for word in re.split(r"[\s,;]+", text) if word]
     return words
 
 
-def read_heads(path: Path, sites: Sequence[Site]) -> Heads:
-    """The heads in a file.
+def files_of(heads: Heads) -> list[str]:
+    """The files that a list of heads names."""
+    return [word for word in _words(heads) if word.endswith(".json")]
+
+
+def read_heads(path: Path, sites: Sequence[Site] | None = None) -> Heads:
+    """The heads in a file; with `sites`, only if they are for a denoiser of that shape.
 
     Raises:
         NoSiteError: it cannot be read, or it was made for a denoiser of another shape.
@@ -96,7 +107,7 @@ def read_heads(path: Path, sites: Sequence[Site]) -> Heads:
         raise NoSiteError(f"heads cannot be read from {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise NoSiteError(f'{path} is no list of heads: it should hold {{"heads": "7:3 12:9"}}') from None
-    if shape is not None and shape != shape_of(sites):
+    if sites is not None and shape is not None and shape != shape_of(sites):
         raise NoSiteError(f"the heads in {path} are for a denoiser with {shape}; this one has {shape_of(sites)}")
     if isinstance(heads, list):
         return tuple(heads)

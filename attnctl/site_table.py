@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .families import Family
     from .sites import Site
 
-HEADINGS = ("layer", "site", "kind", "heads", "dim", "grid", "text keys")
+HEADINGS = ("layer", "block", "site", "kind", "heads", "dim", "grid", "text keys")
 
 
 def site_rows(pipe: "DiffusionPipeline", selection: Selection, size: tuple[int, int] | None) -> list[tuple[str, ...]]:
@@ -26,6 +26,7 @@ def site_rows(pipe: "DiffusionPipeline", selection: Selection, size: tuple[int, 
         rows.append(
             (
                 str(site.layer),
+                str(site.block),
                 site.name,
                 site.kind,
                 str(site.heads),

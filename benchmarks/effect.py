@@ -2,7 +2,9 @@
 
     python benchmarks/effect.py --controls none segregation --seeds 2
     python benchmarks/effect.py --subset
+    python benchmarks/effect.py perturb
 
+The last is perturbation guidance on single things and pairs, see perturbation.py (`perturb --help`).
 All conditions draw from the same noise. Results are kept as they come: a killed run goes on where it was.
 """
 
@@ -393,6 +395,10 @@ def repeated(words: Sequence[str]) -> list[str]:
 
 
 def run() -> NoReturn:
+    if sys.argv[1:2] == ["perturb"]:
+        import perturbation
+
+        command.run(perturbation.app, "effect perturb", sys.argv[2:])
     command.run(app, "effect", repeated(sys.argv[1:]))
 
 

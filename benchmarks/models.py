@@ -117,8 +117,8 @@ MODELS: dict[str, tuple[Callable[..., Any], int, int]] = {
 """Name -> (how to build it, side of the picture in pixels, denoising steps of one run)."""
 
 
-def build(name: str, steps: int | None = None, **depth: int) -> Callable[[], None]:
-    """A function that draws once, from the same noise each time; `.pipe` is the pipeline it draws with.
+def build(name: str, steps: int | None = None, **depth: int) -> Callable[[], Any]:
+    """A function that draws once, from the same noise each time, and returns latents; `.pipe` is what draws.
 
     depth: how many layers or blocks a model has, where its function asks.
     """
@@ -129,16 +129,16 @@ def build(name: str, steps: int | None = None, **depth: int) -> Callable[[], Non
     pipe = make(**depth)
     pipe.set_progress_bar_config(disable=True)
 
-    def run() -> None:
+    def run() -> Any:
         noise = torch.Generator().manual_seed(0)
-        pipe(
+        return pipe(
             "a cat and a dog",
             height=side,
             width=side,
             num_inference_steps=steps or usual,
             generator=noise,
             output_type="latent",
-        )
+        ).images
 
     run.pipe = pipe  # type: ignore[attr-defined]
     return run

@@ -4,6 +4,7 @@
 
 attach: an attachment without controls, and one that sits at every site and does nothing.
 guided: guidance by gradients, see guided.py; ours against diffusers' Attend-and-Excite, in time and memory.
+perturb: perturbation guidance, see perturbed.py; ours against diffusers' PAG pipeline of SD 3, in time and memory.
 maps: the maps of all words, against the plain run; beside it, recording as DAAM does it, by materialised probabilities.
 """
 
@@ -19,6 +20,7 @@ from statistics import median
 from typing import Annotated, Any, ClassVar
 
 import guided
+import perturbed
 import torch
 import typer
 from models import MODELS, build
@@ -113,23 +115,26 @@ def machine() -> dict[str, Any]:
 
 
 app = typer.Typer(add_completion=False)
+APART = ("guided", "perturb")  # topics with a table of their own
 
 
 @app.command(help=__doc__)
 def main(
-    topics: Annotated[list[str], typer.Argument(help=f"Any of {', '.join([*TOPICS, 'guided'])}.")],
+    topics: Annotated[list[str], typer.Argument(help=f"Any of {', '.join([*TOPICS, *APART])}.")],
     model: Annotated[list[str], typer.Option(help=f"Any of {', '.join(MODELS)}.")] = list(MODELS),  # noqa: B006
     repeats: Annotated[int, typer.Option(min=1, help="Measured rounds, after one to warm up.")] = 5,
     out: Annotated[Path, typer.Option(help="File for all times.")] = Path("out/speed.json"),
 ) -> None:
-    for given, known in ((topics, [*TOPICS, "guided"]), (model, MODELS)):
+    for given, known in ((topics, [*TOPICS, *APART]), (model, MODELS)):
         if unknown := [name for name in given if name not in known]:
             raise typer.BadParameter(f"no {unknown[0]!r}; there are {', '.join(known)}")
     with Progress() as bar:
         found = [measure(name, topic, repeats, bar) for name in model for topic in topics if topic in TOPICS]
         guidance = [guided.measure(name, repeats, bar) for name in model if "guided" in topics]
+        perturbation = perturbed.measure(repeats, bar) if "perturb" in topics else None
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine": machine(), "measured": found, "guided": guidance}, indent=1))
+    results = {"measured": found, "guided": guidance, "perturb": perturbation}
+    out.write_text(json.dumps({"machine": machine()} | results, indent=1))
     console = Console()
     table = Table("model", "setting", "time / plain", title=f"medians of {repeats} alternating rounds")
     for row in found:
@@ -140,6 +145,8 @@ def main(
         console.print(table)
     if guidance:
         guided.show(guidance, console)
+    if perturbation:
+        perturbed.show(perturbation, console)
     console.print(f"{machine()}", str(out), sep="\n")
 
 

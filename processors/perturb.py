@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnctl.control import AttentionCall, Control, Lane, Proceed
-from attnctl.errors import ControlError
+from attnctl.errors import AttnctlWarning, ControlError
 from attnctl.heads import Heads, pick_heads, write_heads
 from attnctl.maps import check_window
 from attnctl.run import Run, Step
@@ -446,6 +446,7 @@ class Perturb(Control):
             warnings.warn(
                 f"{type(self).__name__} hardly does anything: breaking heads {'; '.join(weak.heads)} moves the "
                 f"prediction by {weak.effect:.3%}; other heads may do more",
+                AttnctlWarning,
                 stacklevel=2,
             )
 

@@ -106,7 +106,10 @@ def test_read(text, control):
         ("pairs([cat, dog, bird])", r"a phrase = .* does not fit"),
         ("pairs([cat,, dog])", r"a value is empty"),
         ("keepapart(cat)", r"at least two phrases; it is written"),
-        ("keepapart(cat, strength=1, dog)", r"phrases stand before settings"),
+        (
+            "keepapart(cat, strength=1, dog)",
+            r"'dog' stands after a setting; .* quoted or in brackets, such as strength='a, b'",
+        ),
         ("keepapart(cat, dog, strength=1, strength=2)", r"strength is set twice"),
         ("keepapart(cat,, dog)", r"a value is empty"),
         ("keepapart(cat, dog, strength=)", r"a value is empty"),

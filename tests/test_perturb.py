@@ -17,7 +17,7 @@ from toys import Guide, Output, Push, Spy
 
 from attnctl import attach
 from attnctl.control import Control, Lane
-from attnctl.errors import ControlError, NoSiteError
+from attnctl.errors import AttnctlWarning, ControlError, NoSiteError
 from attnctl.processors import Pag, Perturb, Seg, Segregation, Slg, TokenMaps, Tpg
 
 FAMILIES = tuple(tiny.FAMILIES)
@@ -396,7 +396,7 @@ def test_heads_that_hardly_change_anything_are_told():
     site = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
     site.to_out[0].weight.data *= 0.01
     said = r"Pag hardly does anything: breaking heads 2 moves the prediction by 0\.0"
-    with pytest.warns(UserWarning, match=said), attach(pipe, Pag()):
+    with pytest.warns(AttnctlWarning, match=said), attach(pipe, Pag()):
         pipe(tiny.TEXT, num_inference_steps=1, height=32, width=48, output_type="latent")
 
 
@@ -429,5 +429,42 @@ def test_short_names_are_perturbations_with_the_defaults_of_their_papers():
 def test_no_warning_where_all_is_well():
     pipe = tiny.sd1()
     with warnings.catch_warnings(), attach(pipe, Output(strength=0.0), Pag()):
-        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("error", AttnctlWarning)
         pipe(tiny.TEXT, num_inference_steps=1, height=32, width=48, output_type="latent")
+
+
+# --- in words ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("perturb(heads=7:3 12:9, u=0.5, scale=3)", Perturb("7:3 12:9", u=0.5, scale=3.0)),
+        ("perturb(7:3)", Perturb("7:3")),
+        ("perturb(heads=[7:3, 12:9])", Perturb(("7:3", "12:9"))),
+        ("perturb(heads='7:3, 12:9')", Perturb("7:3, 12:9")),
+        ("perturb(heads=7, kind=blur, sigma=inf, scope=image)", Perturb(7, kind="blur", scope="image")),
+        ("perturb(candidates=[7:3, 12:9 8:1], u=[0.5, 1])", Perturb(candidates=("7:3", "12:9 8:1"), u=(0.5, 1.0))),
+        ("slg(7-9, window=[0, 0.5])", Slg("7-9", window=(0.0, 0.5))),
+        ("pag(up)", Pag("up")),
+    ],
+)
+def test_written_as_text(text, want):
+    from attnctl.cli import known_controls
+    from attnctl.control_text import parse_control
+
+    assert parse_control(text, known_controls()) == want
+
+
+def test_text_that_is_wrong_says_how_to_write_it():
+    from attnctl.cli import known_controls
+    from attnctl.control_text import ControlTextError, parse_control
+
+    for text, said in (
+        ("perturb(heads=7:3, 12:9)", "'12:9' stands after a setting; .* such as heads='a, b'"),
+        ("perturb(heads=7:3, kind=identiy)", "takes one of identity, uniform"),
+        ("perturb(u=0)", "u = 0 breaks nothing"),
+        ("perturb(nose=1)", "no setting 'nose'"),
+    ):
+        with pytest.raises(ControlTextError, match=said):
+            parse_control(text, known_controls())
