@@ -48,6 +48,12 @@ def test_maps_of_the_readme(tmp_path, monkeypatch):
     assert isinstance(names["run"].maps["cat"], torch.Tensor)
 
 
+def test_perturbation_of_the_readme(capsys):
+    names = {"attnctl": attnctl, "pipe": tiny.sd3(num_layers=13, num_attention_heads=10, caption_projection_dim=80)}
+    exec(block("soft_pag"), names)
+    assert "heads 7:3 12:9, effect" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_pipeline_of_a_star():
     scope = {}
