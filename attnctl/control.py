@@ -146,19 +146,27 @@ class Control:
         """Called when the pipeline call's last denoising step is done, or when it was given up."""
 
 
-def run_chain(chain: tuple[Control, ...], call: AttentionCall, kernel: Callable[..., Tensor]) -> Tensor:
+def run_chain(
+    chain: tuple[Control, ...],
+    call: AttentionCall,
+    kernel: Callable[..., Tensor],
+    see: Callable[[AttentionCall], None] | None = None,
+) -> Tensor:
     """One attention call through the controls of its site.
 
     Args:
         chain: outermost first, see `nest`.
         call: as the site made it.
         kernel: (q, k, v, bias, scale) -> (batch, heads, queries, head_dim), the attention the site is set to use.
+        see: called with the call as the controls have edited it, before attention itself.
 
     Raises:
         ControlError: what comes out has another shape than the site needs.
     """
 
     def proceed(position: int, call: AttentionCall) -> Tensor:
+        if see is not None and (position == len(chain) or chain[position].lane is Lane.PROBS):
+            see(call)
         if position == len(chain):
             return kernel(call.q, call.k, call.v, call.bias, call.scale)
         return chain[position].attend(call, partial(proceed, position + 1))

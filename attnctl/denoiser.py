@@ -22,6 +22,12 @@ def named(denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     return {name: _snapshot(value) for name, value in (dict(zip(names, args, strict=False)) | kwargs).items()}
 
 
+def spread(arguments: dict[str, Any], positional: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments by name, as they were given: the first so many without their names, which hooks of others may read."""
+    names = list(arguments)
+    return tuple(arguments[name] for name in names[:positional]), {name: arguments[name] for name in names[positional:]}
+
+
 def _snapshot(value: Any) -> Any:
     """The same tensors in containers of our own: denoisers take things out of those they are given."""
     if type(value) is dict:

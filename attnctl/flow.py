@@ -20,7 +20,7 @@ from torch import Tensor
 from . import denoiser as calls
 from .control import AttentionCall, Lane, run_chain
 from .errors import AttnctlError, ControlError, UnsupportedPipelineError
-from .gradient import Watch, frozen
+from .gradient import Watch, frozen, in_backward
 from .run import Run, Sample, Step
 from .seam import Kernel
 from .sites import Site
@@ -41,6 +41,7 @@ class Flow:
         self.solved = 0  # calls of scheduler.step in this run
         self.acting: Step | None = None  # while the pipeline's own denoiser forward runs
         self.watching: Watch | None = None  # while a probe runs
+        self.probed: Step | None = None  # the step of the latest probe
         self.resting: ExitStack | None = None  # while controls themselves run; a denoiser they call is a plain one
         self.term: Tensor | None = None  # of guidance, of the step under way
         self.unguided = False  # the step under way has had its unconditional call, but no conditional one
@@ -144,6 +145,7 @@ class Flow:
             extra=extra,
             text_rows=text.shape[1] if isinstance(text, Tensor) else None,
             positional=positional,
+            images=tuple(range(run.images)),
         )
         with self._rest():
             for control in wiring.controls():
@@ -219,18 +221,21 @@ class Flow:
     ) -> Tensor:  # fmt: skip
         """One attention call of a controlled site, see `seam.Seat`."""
         step = self.watching.step if self.watching else self.acting
+        if step is None and in_backward():  # a block of a probe runs again, under the user's own checkpointing
+            step = self.probed
         if index or step is None:
             return kernel(q, k, v, bias, scale)
         grid = site.grid(*step.run.latent_size) if site.factor is not None else (0, 0)
         text, image = site.layout(grid, q.shape[2], k.shape[2], step.text_rows)
         call = AttentionCall(q, k, v, bias, scale, site, step, index, grid, text, image)
-        if self.watching:
-            self.watching.see(call)
-            return kernel(q, k, v, bias, scale)
         chain = self.wiring.chains[site.name]
         if step.extra or step.pass_name != "main":
             chain = tuple(control for control in chain if control.lane is not Lane.MAPS)
-        return run_chain(chain, call, kernel)
+        if self.watching is None:
+            return run_chain(chain, call, kernel)
+        out = run_chain(chain, call, kernel, self.watching.see)
+        self.watching.see(call)  # if a control has put something else in the place of attention
+        return out
 
     @contextmanager
     def _rest(self) -> Iterator[None]:
@@ -240,7 +245,7 @@ class Flow:
             try:
                 yield
             finally:
-                self.resting = before
+                self.resting, self.probed = before, None
 
     def freeze(self) -> None:
         """Parameters ask for no gradients until the controls are done; checkpointed blocks run again in a backward."""
@@ -259,15 +264,20 @@ class Flow:
             with self.apart():
                 yield
         finally:
-            self.watching = None
+            self.watching, self.probed = None, watch.step
 
     @contextmanager
     def acts(self, step: Step) -> Iterator[None]:
         """A further forward runs in which controls act as in this step."""
+        with self.apart(f"attnctl {step.pass_name}"), self.again(step):
+            yield
+
+    @contextmanager
+    def again(self, step: Step) -> Iterator[None]:
+        """A part of a forward runs, in which controls act as in this step."""
         before, self.acting = self.acting, step
         try:
-            with self.apart(f"attnctl {step.pass_name}"):
-                yield
+            yield
         finally:
             self.acting = before
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .control import AttentionCall, Rows
+from .denoiser import spread
 from .errors import ControlError
 from .run import Step
 from .sites import Site
@@ -56,7 +57,8 @@ def probe(
     every = range(rows.cond.start, rows.cond.stop)
     chosen = rows.cond if images is None else [every[image] for image in images]
     count = len(every) if images is None else len(images)
-    own = replace(step, rows=Rows(slice(0, count), None, count))
+    numbers = step.images if images is None else tuple(step.images[image] for image in images)
+    own = replace(step, rows=Rows(slice(0, count), None, count), images=numbers, pass_name="probe")
     watching = Watch(own, {site.name: callback for site, callback in watch.items()})
     model, family = wiring.model, step.run.family
     wiring.flow.freeze()
@@ -67,12 +69,13 @@ def probe(
         if bfloat16:
             stack.enter_context(torch.autocast(latents.device.type, torch.bfloat16))
         if checkpointing:
-            stack.enter_context(checkpointed(model))
+            stack.enter_context(checkpointed(model, lambda: wiring.flow.again(own)))
         arguments = rows_kept(step, chosen)
         arguments[family.sample] = step.sample.replaced(arguments[family.sample], latents * step.scale)
         stack.enter_context(wiring.flow.watched(watching))
         try:
-            model(**arguments)
+            args, kwargs = spread(arguments, step.positional)
+            model(*args, **kwargs)
         except Stop:
             pass
     if watching.waiting:
@@ -97,6 +100,11 @@ def rows_kept(step: Step, keep: slice | list[int]) -> dict[str, Any]:
     return {name: take(value, name not in shared) for name, value in step.arguments.items()}
 
 
+def in_backward() -> bool:
+    """True while autograd works out gradients, where checkpointed blocks run again."""
+    return torch._C._current_graph_task_id() != -1
+
+
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter asks for a gradient inside; exactly those that did ask again after."""
@@ -111,11 +119,11 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def checkpointed(model: Any) -> Iterator[None]:
+def checkpointed(model: Any, within: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Iterator[None]:
     """Gradient checkpointing is on for every block that has it; after, each is exactly as it was.
 
     A block runs again in the backward, when the forward is over: then it must find what the forward set for its time,
-    the scale of LoRA layers and modules as written.
+    the scale of LoRA layers, modules as written, and what `within` opens.
 
     Raises:
         ControlError: the model has none.
@@ -135,7 +143,7 @@ def checkpointed(model: Any) -> Iterator[None]:
             now = [dict(adapter.scaling) for adapter in adapters]
             _scale(adapters, scales)
             try:
-                with uncompiled(model):
+                with uncompiled(model), within():
                     yield
             finally:
                 _scale(adapters, now)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .control import Rows
-from .denoiser import prediction
+from .denoiser import prediction, spread
 from .errors import ControlError
 from .gradient import rows_kept, uncompiled
 from .run import Step
@@ -33,7 +33,7 @@ class Level:
 
 
 def look_ahead(step: Step, steps: int, reach: float, images: Sequence[int] | None = None) -> Step:
-    """Draw the step's pictures ahead by large plain steps; no control acts, and only what comes back stays.
+    """Draw the step's pictures ahead by large plain steps, in which controls that change attention act.
 
     Classifier-free guidance is the pipeline's where it runs in one batch; where it runs in two calls, the conditional
     one is followed alone.
@@ -78,7 +78,8 @@ def _of(step: Step, images: Sequence[int]) -> Step:
     own = Rows(cond, None if rows.uncond is None else slice(0, count), len(kept))
     edited = None if sample.edited is None else sample.edited[list(images)]
     few = replace(sample, raw=sample.raw[kept], rows=cond, edited=edited, _base=None)
-    return replace(step, rows=own, sample=few, arguments=rows_kept(step, kept))
+    numbers = tuple(step.images[image] for image in images)
+    return replace(step, rows=own, sample=few, arguments=rows_kept(step, kept), images=numbers)
 
 
 def level(step: Step, position: int) -> Level:
@@ -109,8 +110,10 @@ def flows(scheduler: Any) -> bool:
 def foreseen(step: Step, z: Tensor, here: Level) -> tuple[Tensor, Tensor]:
     """The picture and the noise that the denoiser sees in latents, (images, ...) each, in float32."""
     rows, run, model = step.rows, step.run, step.wiring.model
-    with torch.no_grad(), uncompiled(model), step.wiring.flow.apart():
-        output = prediction(model(**_arguments(step, z, here)))[0].float()
+    own = replace(step, pass_name="look-ahead")
+    with torch.no_grad(), uncompiled(model), step.wiring.flow.acts(own):
+        args, kwargs = spread(_arguments(step, z, here), step.positional)
+        output = prediction(model(*args, **kwargs))[0].float()
     guess = output[rows.cond]
     if rows.uncond is not None:
         plain = output[rows.uncond]

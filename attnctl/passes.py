@@ -134,13 +134,10 @@ def forward(step: Step, name: str, start: str | None = None, blocks: Mapping[str
         for block, edit in (blocks or {}).items():
             stack.callback(_edited(wiring.model.get_submodule(block), edit, step.run.family.hands_on).undo)
         stack.enter_context(wiring.flow.acts(own))
-        output = denoiser(*list(arguments.values())[: step.positional], **_named(arguments, step.positional))
+        args, kwargs = calls.spread(arguments, step.positional)
+        output = denoiser(*args, **kwargs)
     step.run.passes[name] = step.run.passes.get(name, 0.0) + share
     return calls.prediction(output)[0]
-
-
-def _named(arguments: dict[str, Any], positional: int) -> dict[str, Any]:
-    return {name: value for i, (name, value) in enumerate(arguments.items()) if i >= positional}
 
 
 def _edited(block: nn.Module, edit: Edit, hands_on: tuple[str, ...]) -> Patch:

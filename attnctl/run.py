@@ -150,6 +150,7 @@ class Step:
         scale: factor the scheduler puts on latents before the denoiser sees them (Euler: (sigma^2 + 1) ** -0.5).
         sigma: noise level, where the scheduler has one.
         fraction: position in the whole schedule, from 0 (noise) towards 1; image-to-image starts further on.
+        images: the number of the image of each conditional row; a pass of our own may have but some of them.
         pass_name: "main" in the pipeline's own forward, else what `forward` was told.
         prediction: what the denoiser predicted, before any control had its say; from `after_denoise` on.
     """
@@ -166,6 +167,7 @@ class Step:
     arguments: dict[str, Any]  # of this denoiser call by name, before edits
     extra: bool = False
     text_rows: int | None = None
+    images: tuple[int, ...] = ()
     pass_name: str = "main"
     positional: int = 0  # so many of the arguments were given without their names
     prediction: Tensor | None = None
@@ -197,13 +199,14 @@ class Step:
     ) -> None:
         """Run the denoiser on the conditional rows with these latents, to read attention; autograd is recorded.
 
-        No control acts in this forward and its output is dropped: it stops right after the last watched site.
+        Controls that change attention act in it as they do in what is drawn; those that record do not. Its output is
+        dropped: it stops right after the last watched site.
         Parameters are frozen meanwhile, so `torch.autograd.grad(loss, latents)` is all there is to differentiate.
 
         Args:
             latents: unscaled, shaped like `step.latents`, or like its rows of `images`.
-            watch: called with the first attention call of each of these sites; the sites must be among those the
-                control selects. In `call.step.rows` every row is conditional.
+            watch: called with the first attention call of each of these sites, as controls have edited it; the sites
+                must be among those the control selects. In `call.step.rows` every row is conditional.
             images: which of the step's images to run, by number; the others cost nothing. None: all.
             checkpoint: keep only what enters each block of the model, and compute the rest again in the backward; less
                 memory, more time, the same gradient. Then `watch` may only take from a call what is there: whatever is

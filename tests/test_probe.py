@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import tiny
 import torch
+from contract_table import close, differs
 from toys import Bias, Identity
 
 from attnctl.attachment import attach
@@ -52,7 +53,7 @@ class Probe(Control):
             self.seen.append(seen)
 
     def attend(self, call, proceed):
-        if call.step.rows.cond is not None:  # FLUX's unconditional call comes after
+        if call.step.rows.cond is not None and call.step.pass_name == "main":  # FLUX's unconditional call comes after
             self.real[-1][call.site.name] = call
         return proceed(call)
 
@@ -228,16 +229,32 @@ def attach_sites(pipe):
     return sites(pipe)
 
 
-def test_no_control_acts_in_it_and_uncontrolled_q_is_seen():
-    pipe = tiny.sd1()
-    first = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
-    alone, together = Probe(watch="mid_block*attn2"), Probe(watch="mid_block*attn2")
-    with attach(pipe, alone):
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_what_is_read_is_what_is_drawn(family, checkpoint):
+    """Controls that change attention act in the probe too, wherever they are listed."""
+    pipe = tiny.FAMILIES[family]()
+    alone, first, last = (Probe(checkpoint=checkpoint) for _ in range(3))
+    for probe, controls in ((alone, [alone]), (first, [first, Bias(strength=9.0)]), (last, [Bias(strength=9.0), last])):
+        with attach(pipe, *controls):
+            tiny.draw(pipe, steps=1, **({} if family == "flux" else {"guidance_scale": 1.0}))
+        for name, call in probe.seen[0].items():
+            assert close(call.q, probe.real[0][name].q, 1e-4)
+    assert torch.equal(first.gradients[0], last.gradients[0])
+    assert differs(first.gradients[0], alone.gradients[0])
+    assert all(call.bias is not None for call in first.seen[0].values() if call.site.kind != "self")
+
+
+def test_a_control_that_does_not_proceed_is_seen_past():
+    class Values(Identity):
+        def attend(self, call, proceed):
+            return call.v if call.v.shape == call.q.shape else proceed(call)
+
+    pipe = tiny.flux()
+    probe = Probe()
+    with attach(pipe, Values(), probe):
         tiny.draw(pipe, steps=1)
-    with attach(pipe, Bias(first, 50.0), together):
-        tiny.draw(pipe, steps=1)
-    for name, call in alone.seen[0].items():
-        assert torch.equal(call.q, together.seen[0][name].q)
+    assert len(probe.seen[0]) == 4
 
 
 @pytest.mark.parametrize("fails", [False, True])
