@@ -35,7 +35,7 @@ from attnctl.processors import Perturb
 
 FORWARDS = 40
 STRENGTHS = [0.25, 0.5, 1.0]
-CHOSEN = ["8", "6"]  # the best blocks of the scan on the development half
+CHOSEN = ["7", "0:3"]  # the best block and the best head of the scan on the development half
 
 
 @dataclass(frozen=True)
