@@ -12,6 +12,7 @@ import fnmatch
 import json
 import re
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from pathlib import Path
 
 from .errors import NoSiteError
@@ -20,8 +21,9 @@ from .sites import Site
 Heads = str | int | tuple[str | int, ...]
 
 STAGES = {"down": "down_blocks.", "mid": "mid_block.", "up": "up_blocks."}
-_NUMBERS = re.compile(r"(\d+)(?:-(\d+))?")
-_PUBLISHED = re.compile(r"[Ll](\d+)[Hh](\d+)")
+_NUMBERS = re.compile(r"([0-9]+)(?:-([0-9]+))?")
+_PUBLISHED = re.compile(r"[Ll]([0-9]+)[Hh]([0-9]+)")
+_AMBIGUOUS = re.compile(r"([0-9]+):[0-9-]+,([0-9]+)(?![0-9:-])")
 
 
 def pick_heads(sites: Sequence[Site], heads: Heads) -> dict[Site, tuple[int, ...]]:
@@ -36,7 +38,9 @@ def pick_heads(sites: Sequence[Site], heads: Heads) -> dict[Site, tuple[int, ...
             mid                the middle block of a UNet, elsewhere the middle third of the blocks (ours);
             down, up           the blocks on that side of a UNet;
             up_blocks.1.*:0    sites whose name is this, or fits this glob;
-            dark.json          a file {"heads": "1:2 1:10"}; with "shape": "24 blocks of 24 heads" it fits no other.
+            a.json             a file {"heads": "1:2 1:10"}; with "shape": "24 blocks of 24 heads" it fits no other.
+
+        A path with blanks in it is a term of its own in a tuple.
 
     Raises:
         NoSiteError: a term names nothing, or a block or head that does not exist; says what exists.
@@ -65,13 +69,14 @@ def write_heads(picked: dict[Site, tuple[int, ...]]) -> str:
 
 
 def _terms(heads: Heads, sites: Sequence[Site]) -> list[str]:
-    if isinstance(heads, bool) or not isinstance(heads, (str, int, tuple, list)):
-        raise NoSiteError(f"heads are text such as '7:3 12:9', 'mid' or '7-10'; not {heads!r}")
     words: list[str] = []
     for word in _words(heads):
         published = _PUBLISHED.fullmatch(word)
         if word.endswith(".json"):
-            words += _terms(read_heads(Path(word).expanduser(), sites), sites)
+            listed = read_heads(Path(word).expanduser(), sites)
+            if nested := files_of(listed):
+                raise NoSiteError(f"{word} names another file, {nested[0]}; a file of heads lists heads only")
+            words += _terms(listed, sites)
         else:
             words.append(f"{published[1]}:{published[2]}" if published else word)
     return words
@@ -80,9 +85,12 @@ def _terms(heads: Heads, sites: Sequence[Site]) -> list[str]:
 def _words(heads: Heads) -> list[str]:
     words: list[str] = []
     for one in heads if isinstance(heads, (tuple, list)) else (heads,):
-        if not isinstance(one, (str, int)) or isinstance(one, bool):
+        if not isinstance(one, (str, Integral)) or isinstance(one, bool):
             raise NoSiteError(f"heads are text such as '7:3 12:9', 'mid' or '7-10'; not {one!r}")
         text = str(one).strip()
+        if unclear := _AMBIGUOUS.search(text):
+            block, number = unclear.groups()
+            raise NoSiteError(f"heads {text!r}: is {number} a head or a block? Write {block}:{number}, or a blank")
         whole = text.endswith(".json") and Path(text).expanduser().exists()  # such a path may hold blanks
         words += [text] if whole else [word for word in re.split(r"[\s,;]+", text) if word]
     return words
@@ -136,18 +144,22 @@ def _places(sites: Sequence[Site], place: str, term: str) -> list[Site]:
     if number := _NUMBERS.fullmatch(place):
         first, last = int(number[1]), int(number[2] or number[1])
         wanted = [block for block in blocks if first <= block <= last]
-        if last not in blocks or first not in blocks or last < first:
+        if last < first:
+            raise NoSiteError(f"heads {term!r}: write the smaller block first, {last}-{first}")
+        if last not in blocks or first not in blocks:
             raise NoSiteError(f"heads {term!r}: there is no such block; {_inventory(sites)}")
         return [blocks[block] for block in wanted]
-    if place == "all":
+    if place.lower() == "all":
         return list(blocks.values())
-    if place in STAGES:
-        found = [site for site in blocks.values() if site.name.startswith(STAGES[place])]
+    if (stage := place.lower()) in STAGES:
+        found = [site for site in blocks.values() if site.name.startswith(STAGES[stage])]
         third = len(blocks) // 3
-        if not found and place == "mid" and all(site.kind == "joint" for site in blocks.values()):
+        if not found and stage == "mid" and all(site.kind == "joint" for site in blocks.values()):
             found = list(blocks.values())[third : len(blocks) - third]
     else:
-        found = [site for site in sites if site.name == place or fnmatch.fnmatchcase(site.name, place)]
+        found = [site for site in sites if fnmatch.fnmatchcase(site.name, place)]
+    if not found and "attn2" in place:
+        raise NoSiteError(f"heads {term!r}: cross-attention has no heads to break; {_inventory(sites)}")
     if not found:
         raise NoSiteError(f"heads {term!r} name nothing here; {_inventory(sites)}")
     return found

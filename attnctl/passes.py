@@ -132,12 +132,18 @@ def forward(step: Step, name: str, start: str | None = None, blocks: Mapping[str
             denoiser = wiring.model._call_impl
         share = step.prefix.resume(start, stack) if step.prefix is not None else 1.0
         for block, edit in (blocks or {}).items():
+            _check_hooks(wiring.model.get_submodule(block), block)
             stack.callback(_edited(wiring.model.get_submodule(block), edit, step.run.family.hands_on).undo)
         stack.enter_context(wiring.flow.acts(own))
         args, kwargs = calls.spread(arguments, step.positional)
         output = denoiser(*args, **kwargs)
     step.run.passes[name] = step.run.passes.get(name, 0.0) + share
     return calls.prediction(output)[0]
+
+
+def _check_hooks(block: nn.Module, name: str) -> None:
+    if hasattr(block, "_diffusers_hook"):  # it may have to run for the others, as the first block of a cache has
+        raise ControlError(f"{name} is under a step cache or group offloading, so it cannot be edited; switch that off")
 
 
 def _edited(block: nn.Module, edit: Edit, hands_on: tuple[str, ...]) -> Patch:

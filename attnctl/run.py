@@ -63,6 +63,12 @@ class Run:
             )
         return self.texts["prompt"]
 
+    @property
+    def picture(self) -> tuple[int, int]:
+        """(height, width) of the pictures in pixels."""
+        factor = int(getattr(self.pipe, "vae_scale_factor", 8))
+        return self.latent_size[0] * factor, self.latent_size[1] * factor
+
     def tokens(self, phrase: str, image: int) -> list[int]:
         """Text rows of a site that hold a phrase of one image's prompt, over all tokenizers of the pipeline.
 

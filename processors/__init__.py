@@ -10,10 +10,11 @@ from .astar import AStar
 from .binding import Binding
 from .excitation import Excitation
 from .perturb import Pag, Perturb, Seg, Slg, Tpg
+from .regions import Isolation, Regions
 from .retention import Retention
 from .segregation import Segregation
 
 __all__ = [
-    "AStar", "Binding", "Control", "Excitation", "Pag", "Perturb", "Retention", "Seg", "Segregation", "Slg",
-    "TokenMaps", "Tpg",
+    "AStar", "Binding", "Control", "Excitation", "Isolation", "Pag", "Perturb", "Regions", "Retention", "Seg",
+    "Segregation", "Slg", "TokenMaps", "Tpg",
 ]  # fmt: skip

@@ -36,6 +36,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -191,6 +192,7 @@ class Weak:
         strengths: site name -> (images, heads), u of each head, 0 where it is not chosen.
         blocks: module names of the blocks that a kind of whole blocks edits, in execution order.
         start: the first module that differs from the pipeline's own forward.
+        broken: which images have a broken head.
         effects: step -> |c - p| / |c| of each image.
     """
 
@@ -199,12 +201,14 @@ class Weak:
     strengths: dict[str, Tensor]
     blocks: tuple[str, ...]
     start: str
+    broken: tuple[bool, ...]
     effects: dict[int, list[float]] = field(default_factory=dict)
 
     @property
     def effect(self) -> float:
-        """|c - p| / |c|, mean over steps and images; NaN before the first step."""
-        values = [value for step in self.effects.values() for value in step]
+        """|c - p| / |c|, mean over steps and images with a broken head; NaN before the first step."""
+        each = (zip(step, self.broken, strict=True) for step in self.effects.values())
+        values = [value for step in each for value, broken in step if broken]
         return sum(values) / len(values) if values else math.nan
 
     def to_json(self) -> dict[str, Any]:
@@ -213,7 +217,8 @@ class Weak:
         return {"pass": self.name, "heads": list(self.heads), "effect": effect, "effects": self.effects}
 
     def __str__(self) -> str:
-        return f"heads {'; '.join(self.heads)}, effect {self.effect:.2%} in {len(self.effects)} steps"
+        done = f"effect {self.effect:.2%} in {len(self.effects)} steps" if self.effects else "did not act"
+        return f"heads {'; '.join(self.heads)}, {done}"
 
 
 @dataclass(frozen=True)
@@ -227,15 +232,17 @@ class Perturb(Control):
         scale: weight w of the difference, from 0; 0 does nothing at all. Papers' convention: e + w (c - p).
         kind: identity, uniform, blur, temperature, skip or shuffle; the last two take whole blocks and u = 1.
         scope: what is broken where text and picture attend together: whole, image, image-masked, image-diagonal.
-        sigma: of kind blur, in cells of the grid; inf is the mean query.
+        sigma: of kind blur, in cells of the grid; inf is the mean query. The kernel ends where the grid does, so a
+            large sigma is not yet inf. In scope whole, inf is the mean of text and picture.
         tau: of kind temperature; above 1 flattens maps, below 1 sharpens them. The default is ours.
         adaptive: how fast the scale falls with the timestep t: max(0, scale - adaptive (1000 - t)); diffusers' PAG.
         window: part of the schedule to act in, from 0 (noise) to 1 (picture): a step at f counts if start <= f < end.
             Outside of it nothing is paid.
-        rescale: 0 to 1, how far the term is shrunk so that the guided prediction has the spread of c, against too much
-            contrast.
-        rescale_mode: of the guided prediction: "full", with classifier-free guidance, or "partial", c and this term.
-        candidates: sets of heads, one for each image of the batch, drawn together; then `heads` is not read.
+        rescale: 0 to 1, against too much contrast: the term is multiplied by 1 - rescale + rescale std(c) / std(guided).
+        rescale_mode: what "guided" is: "full", with classifier-free guidance, or "partial", c and this term alone.
+            Where guidance takes two calls (FLUX), both are partial.
+        candidates: sets of heads, one for each image of the batch, drawn together; then `heads` is not read. For
+            Python: the command line draws one picture at a time.
         seed: of kind shuffle.
 
     Costs one forward of the conditional rows at each step; where it can, it starts at the first perturbed block.
@@ -285,9 +292,9 @@ class Perturb(Control):
             raise ControlError(f"kind {self.kind!r} takes whole blocks in all images: u = 1, and no candidates")
         if self.scope.startswith("image-") and self.kind != "identity":
             raise ControlError(f"scope {self.scope!r} is for kind 'identity'; {self.kind!r} has whole and image")
-        if self.candidates is not None and (isinstance(self.candidates, str) or not len(self.candidates)):
+        if self.candidates is not None and not (isinstance(self.candidates, (tuple, list)) and self.candidates):
             raise ControlError("candidates are sets of heads, one for each image, such as ('7:3', '12:9')")
-        if type(self.seed) is not int:
+        if not isinstance(self.seed, Integral) or isinstance(self.seed, bool):
             raise ControlError(f"seed is a whole number, not {self.seed!r}")
         check_window(self.window)
 
@@ -314,14 +321,18 @@ class Perturb(Control):
             if count not in (1, run.images) or (
                 count == 1 and name == "candidates" and self.candidates and run.images > 1
             ):
-                raise ControlError(f"{count} {name} do not fit {run.images} images")
+                raise ControlError(
+                    f"{count} {name} do not fit {run.images} images; draw as many together, as pipe([prompt] * {count})"
+                )
         left = [min((run.start + i) / run.schedule, 1.0) for i in range(run.steps)] if run.schedule else []
         if self.scale and left and not any(self.window[0] <= at < self.window[1] for at in left):
-            raise ControlError(f"window {self.window} holds none of the {len(left)} steps of this run")
-        if self.rescale and self.rescale_mode == "full" and run.family.branches == "sequential":
             raise ControlError(
-                f"rescale_mode='full' needs both halves of guidance in one call, which {type(run.pipe).__name__} does "
-                "not make; use rescale_mode='partial'"
+                f"window {self.window} holds none of the {len(left)} steps of this run, which lie from {left[0]:.2f} "
+                f"to {left[-1]:.2f} of the schedule"
+            )
+        if self.scale and left and not any(self._weights(run)):
+            raise ControlError(
+                f"adaptive={self.adaptive:g} brings scale={self.scale:g} down to 0 at every step; choose a smaller one"
             )
         strengths: dict[str, Tensor] = {}
         for image in range(run.images):
@@ -331,19 +342,25 @@ class Perturb(Control):
         first = next(site.name for site in discover(run.pipe) if site.name in strengths)
         blocks = dict.fromkeys(name.rpartition(".")[0] for name in strengths)
         name = type(self).__name__.lower()
-        while name in run.passes:
-            name += "'"
+        number = sum(one.split()[0] == name for one in run.passes) + 1
+        name = name if number == 1 else f"{name} {number}"
         run.passes[name] = 0.0
-        return Weak(name, tuple(map(write_heads, found)), strengths, tuple(blocks), first)
+        broken = torch.stack([own.any(1) for own in strengths.values()]).any(0).tolist()
+        return Weak(name, tuple(map(write_heads, found)), strengths, tuple(blocks), first, tuple(broken))
 
     def weight(self, step: Step) -> float:
         """w at a step, 0 outside the window."""
-        if not self.window[0] <= step.fraction < self.window[1]:
-            return 0.0
-        if not self.adaptive:
-            return self.scale
         now = float(torch.as_tensor(step.timestep, dtype=torch.float32).flatten()[0]) * step.run.family.time
-        return max(0.0, self.scale - self.adaptive * (1000 - now))
+        return self._weight(step.fraction, now)
+
+    def _weight(self, fraction: float, timestep: float) -> float:
+        inside = self.window[0] <= fraction < self.window[1]
+        return max(0.0, self.scale - self.adaptive * (1000 - timestep)) if inside else 0.0
+
+    def _weights(self, run: Run) -> list[float]:
+        """w at the steps of a run, as far as the scheduler tells its timesteps."""
+        places = range(run.start, min(run.start + run.steps, run.schedule))
+        return [self._weight(i / run.schedule, float(run.pipe.scheduler.timesteps[i])) for i in places]
 
     def before_denoise(self, step: Step) -> None:
         if self.weight(step):
@@ -406,7 +423,7 @@ class Perturb(Control):
 
     def _shuffled(self, step: Step) -> Any:
         """A new order at each block and step, the same for all images: each is drawn as it would be alone."""
-        order = torch.Generator().manual_seed((self.seed * 1_000_003 + step.index) % 2**63)
+        order = torch.Generator().manual_seed((int(self.seed) * 1_000_003 + step.index) % 2**63)
 
         def edit(hidden: Tensor) -> Tensor:
             return hidden[:, torch.randperm(hidden.shape[1], generator=order).to(hidden.device)]
@@ -427,18 +444,25 @@ class Perturb(Control):
 
     def _note(self, step: Step, weak: Weak, strong: Tensor, gap: Tensor, dtype: torch.dtype) -> None:
         """Keep the size of the effect; a perturbation that changes nothing is an error."""
+        who = type(self).__name__
         effect = gap.flatten(1).norm(dim=1) / strong.flatten(1).norm(dim=1).clamp_min(1e-12)
-        weak.effects[step.index] = effect.tolist()
-        broken = torch.stack([one.any(1) for one in weak.strengths.values()]).any(0)
         least = 16 * torch.finfo(dtype).eps if dtype in (torch.float32, torch.float64) else 0.0  # rounding
-        still = [image for image, value in enumerate(weak.effects[step.index]) if broken[image] and value <= least]
-        if still:
-            heads = weak.heads[still[0] % len(weak.heads)]
-            weak.effects.clear()
-            raise ControlError(
-                f"{type(self).__name__} changes nothing: the prediction is the same with heads {heads} broken by kind "
-                f"{self.kind!r}; choose other heads"
-            )
+        before = dict(weak.effects)
+        weak.effects[step.index] = effect.tolist()
+        for image, value in enumerate(weak.effects[step.index]):
+            if not math.isfinite(value):
+                weak.effects.clear()
+                raise ControlError(
+                    f"{who}: the prediction of image {image} is not finite; try a smaller scale than {self.scale:g}"
+                )
+            if weak.broken[image] and value <= least:
+                weak.effects.clear()
+                heads = weak.heads[image % len(weak.heads)]
+                remedy = "try a smaller scale" if before else "choose other heads, or break them more"
+                raise ControlError(
+                    f"{who} changes nothing at step {step.index}: the prediction is the same with heads {heads} "
+                    f"broken by kind {self.kind!r}; {remedy}"
+                )
 
     def end(self, run: Run) -> None:
         weak: Weak = run.state(self)
@@ -452,7 +476,7 @@ class Perturb(Control):
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(value == value)
 
 
 # --- short names ------------------------------------------------------------------------------------------------------
@@ -488,7 +512,9 @@ class Slg(Perturb):
 
 @dataclass(frozen=True)
 class Tpg(Perturb):
-    """Token-perturbation guidance (arXiv 2506.10036): tokens of the picture enter the chosen blocks in random order."""
+    """Token-perturbation guidance (arXiv 2506.10036): tokens of the picture enter the chosen blocks in random order.
 
-    heads: Heads = "down"
+    The paper takes blocks on the way down of SDXL, heads="down"; the default is ours, and right for every family.
+    """
+
     kind: Kind = "shuffle"

@@ -17,7 +17,19 @@ from torch import Tensor
 from toys import Bias, Descend, Guide, Identity, Output, Push
 
 from attnctl.control import Control
-from attnctl.processors import AStar, Binding, Excitation, Pag, Perturb, Retention, Segregation, TokenMaps, Tpg
+from attnctl.processors import (
+    AStar,
+    Binding,
+    Excitation,
+    Isolation,
+    Pag,
+    Perturb,
+    Regions,
+    Retention,
+    Segregation,
+    TokenMaps,
+    Tpg,
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,15 @@ CASES = {
     ),
     "skip": Case(
         lambda: Perturb("1", kind="skip"), lambda: Perturb("1", kind="skip", scale=0.0), families=("sd1", "sd3")
+    ),
+    "regions": Case(
+        lambda: Regions({"cat": LEFT, "dog": (0.5, 0, 1, 1)}, inside=4.0),
+        lambda: Regions({"cat": LEFT}, inside=0.0, strength=0.0),
+    ),
+    "isolation": Case(
+        lambda: Isolation({"one": LEFT, "other": (0.5, 0, 1, 1)}, window=(0, 1)),
+        lambda: Isolation({"one": (0, 0, 1, 1), "other": (0, 0, 1, 1)}),
+        families=("sd1", "sdxl", "sd3", "sd35", "flux"),
     ),
     "shuffle": Case(lambda: Tpg("1"), lambda: Tpg("1", scale=0.0), families=("sd1", "sd3")),
 }  # fmt: skip

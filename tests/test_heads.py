@@ -40,6 +40,8 @@ def test_numbers_are_those_of_transformer_blocks():
         (SD3, ("0:1", 2), {"transformer_blocks.0": (1,), "transformer_blocks.2": (0, 1, 2, 3)}),
         (SD3, "1-2:0", {"transformer_blocks.1": (0,), "transformer_blocks.2": (0,)}),
         (SD3, "1:1-2", {"transformer_blocks.1": (1, 2)}),
+        (SD3, "MID", {"transformer_blocks.1": (0, 1, 2, 3)}),
+        (SD3, "1:0,2:1", {"transformer_blocks.1": (0,), "transformer_blocks.2": (1,)}),
         (SD3, "mid", {"transformer_blocks.1": (0, 1, 2, 3)}),
         (SD35, "1:3", {"transformer_blocks.1": (3,)}),
         (SD35, "*.attn2:0", {"transformer_blocks.0.attn2": (0,), "transformer_blocks.1.attn2": (0,)}),
@@ -65,7 +67,8 @@ def test_whole_sides_of_a_unet():
         (SD3, "1:x", r"has heads 0 to 3"),
         (SD3, "7", r"no such block; there are blocks 0 to 2 \(3 blocks of 4 heads\)"),
         (SD3, "1-7", "no such block"),
-        (SD3, "2-1", "no such block"),
+        (SD3, "2-1", "write the smaller block first, 1-2"),
+        (SD3, "1:0,2", "is 2 a head or a block\\? Write 1:2"),
         (SD3, "down", "'down' name nothing here"),
         (SD3, "nose", "'nose' name nothing here"),
         (SD3, "", "names no head"),
@@ -73,7 +76,7 @@ def test_whole_sides_of_a_unet():
         (SD3, True, "heads are text"),
         (SD3, 1.5, "heads are text"),
         (SD3, (None,), "heads are text"),
-        (SD1, "*.attn2", "name nothing here"),  # cross attention has no identity
+        (SD1, "*.attn2", "cross-attention has no heads to break"),
         ([site for site in SD1 if site.kind == "cross"], "0", "no self or joint attention"),
     ],
 )
@@ -101,6 +104,9 @@ def test_from_a_file(tmp_path):
     spaced = tmp_path / "two words.json"
     spaced.write_text(file.read_text())
     assert pick_heads(SD3, str(spaced)) == pick_heads(SD3, "0:1 1:3")
+    file.write_text(json.dumps({"heads": str(file)}))
+    with pytest.raises(NoSiteError, match="names another file"):
+        pick_heads(SD3, str(file))
     for content in ("[]", "{}", "not json", '{"heads": 1.5}', '{"heads": null}'):
         file.write_text(content)
         with pytest.raises(NoSiteError, match="dark.json"):

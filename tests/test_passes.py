@@ -186,6 +186,16 @@ def test_step_caches_keep_the_weak_pass_apart(cache):
     assert run.run.passes == {"main": 4.0, "perturb": 4.0}  # nothing is shared
 
 
+def test_a_block_under_a_step_cache_cannot_be_skipped():
+    pipe = tiny.flux()
+    apply_first_block_cache(pipe.transformer, FirstBlockCacheConfig(threshold=0.2))
+    with (
+        pytest.raises(ControlError, match="transformer_blocks.0 is under a step cache"),
+        attach(pipe, Slg("0", window=(0, 1))),
+    ):
+        tiny.draw(pipe)
+
+
 @pytest.mark.parametrize("control", [Pag("1"), Perturb("1:0", u=0.5), Slg("1", window=(0, 1)), Tpg("1")])
 def test_offloaded_layer_by_layer(control):
     accelerate = pytest.importorskip("accelerate")

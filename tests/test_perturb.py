@@ -228,7 +228,7 @@ def test_order_of_controls_does_not_matter():
     for controls in ([one, two, Guide()], [Guide(), two, one]):
         with attach(pipe, *controls) as run:
             results.append(tiny.draw(pipe))
-        assert set(run.run.passes) == {"main", "perturb", "perturb'"}
+        assert set(run.run.passes) == {"main", "perturb", "perturb 2"}
     assert close(*results, 1e-5)
 
 
@@ -295,7 +295,7 @@ def test_adaptive_scale_falls_to_nothing_and_then_costs_nothing():
 
 
 @pytest.mark.parametrize("mode", ["full", "partial"])
-def test_rescaled_prediction_has_the_spread_of_the_conditional_one(mode):
+def test_rescaled_term(mode):
     pipe, settings = tiny.sd1(), {"guidance_scale": 4.0 if mode == "full" else 1.0}
     control = Perturb("2", scale=20.0, rescale=1.0, rescale_mode=mode)
     strong, weak = (weak_prediction(pipe, one, **settings) for one in (None, replace(control, rescale=0.0)))
@@ -352,6 +352,7 @@ def test_shuffle_is_new_at_each_block_and_step_and_the_same_again():
         ({"rescale": 2}, "rescale is a number from 0 to 1"),
         ({"window": (0.5, 0.5)}, "window is"),
         ({"candidates": "7:3"}, "candidates are sets of heads"),
+        ({"candidates": 1}, "candidates are sets of heads"),
         ({"seed": 0.5}, "seed is a whole number"),
     ],
 )
@@ -361,7 +362,7 @@ def test_settings_out_of_range(settings, said):
 
 
 def test_heads_that_are_not_there():
-    for heads, said in (("7:3", "no such block"), ("2:9", "heads 0 to 1"), ("*.attn2", "name nothing")):
+    for heads, said in (("7:3", "no such block"), ("2:9", "heads 0 to 1"), ("*.attn2", "cross-attention has no heads")):
         with pytest.raises(NoSiteError, match=said):
             attach(tiny.sd1(), Perturb(heads))
     with pytest.raises(ControlError, match="takes whole blocks; '2:1' names heads"):
@@ -379,7 +380,62 @@ def test_refused_at_the_pipeline_call():
     refused("2 candidates do not fit 1 images", Perturb(candidates=("1", "2")))
     refused("1 candidates do not fit 2 images", Perturb(candidates=("1",)), prompt=["a cat", "a dog"])
     refused("2 values of u do not fit 1 images", Perturb("1", u=(0.5, 1.0)))
-    refused("use rescale_mode='partial'", Perturb("1", rescale=0.5), make=tiny.flux)
+    refused("down to 0 at every step", Perturb("1", adaptive=1.0, scale=0.01))
+    refused("which lie from 0.00 to 0.50", Perturb("2", window=(0.6, 0.9)))
+    refused("is not finite; try a smaller scale", Perturb("1", scale=1e6), make=half, steps=6)
+
+
+def half():
+    return tiny.sd1().to(torch.float16)
+
+
+def test_a_scale_that_ruins_the_picture_is_not_blamed_on_the_heads():
+    pipe = tiny.sd1()
+    site = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+
+    def saturate(*args):
+        torch.nn.init.zeros_(site.to_out[0].weight)
+        return {}
+
+    with pytest.raises(ControlError, match="at step 1: .* try a smaller scale"), attach(pipe, Pag()):
+        tiny.draw(pipe, callback_on_step_end=saturate)
+
+
+def test_in_two_calls_rescaling_is_partial():
+    pipe = tiny.flux()
+    drawn = []
+    for mode in ("full", "partial"):
+        with attach(pipe, Perturb("1", rescale=0.5, rescale_mode=mode, scale=20.0)):
+            drawn.append(tiny.draw(pipe, true_cfg_scale=2.0, negative_prompt="blue"))
+    assert torch.equal(*drawn)
+
+
+def test_numbers_of_numpy_are_numbers():
+    import numpy as np
+
+    one = Perturb(np.int64(1), u=np.float32(0.5), scale=np.float64(2), seed=np.int64(1))
+    pipe = tiny.sd1()
+    with attach(pipe, one):
+        drawn = tiny.draw(pipe)
+    with attach(pipe, Perturb(1, u=0.5, scale=2.0)):
+        assert torch.equal(tiny.draw(pipe), drawn)
+
+
+def test_effect_is_that_of_the_broken_images():
+    pipe = tiny.sd1()
+    found = []
+    for u, prompt in ((1.0, tiny.TEXT), ((1.0, 0.0), [tiny.TEXT] * 2)):
+        with attach(pipe, Perturb("1", u=u)) as run:
+            tiny.draw(pipe, prompt)
+        found.append(run.report.traces[0][1].effect)
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+def test_every_short_name_works_on_every_family_as_written():
+    for make in tiny.FAMILIES.values():
+        pipe = make()
+        for control in (Perturb(), Pag(), Seg(), Tpg()):
+            attach(pipe, control).release()
 
 
 @pytest.mark.parametrize("settings", [{}, {"guidance_scale": 1.0}], ids=["cfg", "nocfg"])
@@ -387,7 +443,7 @@ def test_heads_that_change_nothing_are_an_error(settings):
     pipe = tiny.sd1()
     site = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
     torch.nn.init.zeros_(site.to_out[0].weight)
-    with pytest.raises(ControlError, match="Pag changes nothing: .* heads 2 broken"), attach(pipe, Pag()):
+    with pytest.raises(ControlError, match="Pag changes nothing at step 0: .* heads 2 broken"), attach(pipe, Pag()):
         tiny.draw(pipe, **settings)
 
 
@@ -423,7 +479,15 @@ def test_short_names_are_perturbations_with_the_defaults_of_their_papers():
     assert (Pag("3").kind, Pag().u, Pag().scale, Pag().heads) == ("identity", 1.0, 3.0, "mid")
     assert (Seg().kind, Seg().sigma) == ("blur", math.inf)
     assert (Slg().kind, Slg().heads, Slg().scale, Slg().window) == ("skip", "7-9", 2.8, (0.01, 0.2))
-    assert Tpg().kind == "shuffle"
+    assert (Tpg().kind, Tpg().heads) == ("shuffle", "mid")
+    assert str(Perturb(scale=0.0)) and "did not act" in report_of(Perturb("1", scale=0.0))
+
+
+def report_of(control):
+    pipe = tiny.sd1()
+    with attach(pipe, control) as run:
+        tiny.draw(pipe)
+    return str(run.report)
 
 
 def test_no_warning_where_all_is_well():

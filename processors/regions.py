@@ -1,0 +1,255 @@
+"""Regions: words of the prompt act in a part of the picture only.
+
+In the conditional rows, the logit S_ij of a place i of the picture and a token j of phrase r with region M_r becomes
+
+    S_ij + inside    where i lies in M_r
+    -inf             where it does not: the phrase's keys are closed there
+
+This is region-constrained attention (RCA) as in PrimeComposer (Wang et al., ACM MM 2024, arXiv 2403.05053), for any
+number of phrases; `inside` is ours. The tokens that belong to no phrase stay open to all places, so no row of the map
+is ever empty. `Isolation` closes the picture's own attention between places of different regions, as Bounded
+Attention does (Dahary et al., ECCV 2024, arXiv 2403.16990): a place of region r sees M_r and what is in no region.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from attnctl.control import AttentionCall, Control, Lane, Proceed
+from attnctl.errors import ControlError, PhraseError
+from attnctl.maps import check_rows, check_window, with_text
+from attnctl.regions import Region
+from attnctl.run import Run, Step
+from attnctl.sites import Selection, Site, select
+
+Masks = tuple[tuple[str, Any], ...]  # (phrase, anything a Region is made of)
+
+# --- maths ------------------------------------------------------------------------------------------------------------
+
+
+def on_grid(region: Region, grid: tuple[int, int], picture: tuple[int, int]) -> Tensor:
+    """The cells of a grid that belong to a region, (height, width) bool: half of the cell or more lies inside.
+
+    A region that would vanish keeps the cells it covers most. So no region is ever empty.
+    """
+    covered = region.on(grid, picture)
+    inside = covered >= 0.5
+    return inside if inside.any() else covered >= covered.max()
+
+
+def constrained(
+    masks: Tensor, tokens: Sequence[Sequence[int]], keys: int, inside: float, outside: float = -math.inf
+) -> Tensor:
+    """What is added to the logits of one image, (cells, keys) float32.
+
+    Args:
+        masks: (phrases, cells) bool.
+        tokens: for each phrase, its keys. A key of several phrases is open in the regions of all of them.
+        keys: how many there are.
+        inside, outside: added where a place lies in a phrase's region, and where it does not.
+    """
+    bias = torch.zeros(masks.shape[1], keys)
+    for key in sorted({key for own in tokens for key in own}):
+        having = [number for number, own in enumerate(tokens) if key in own]
+        bias[:, key] = torch.where(masks[having].any(0), inside, outside)
+    return bias
+
+
+def isolated(masks: Tensor) -> Tensor:
+    """Which cells may see which, (cells, cells) bool, from masks (regions, cells).
+
+    A cell sees the cells of its own regions and those of no region. A cell of no region sees all.
+    """
+    free = ~masks.any(0)
+    together = (masks.float().mT @ masks.float()) > 0
+    return together | free[:, None] | free[None]
+
+
+# --- the controls -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Placed:
+    """What a control of regions knows of one run: the regions, the tokens of each image, and biases by their shape."""
+
+    regions: tuple[Region, ...]
+    tokens: list[list[list[int]]]  # image, phrase, text rows; empty where the image's prompt has no such phrase
+    picture: tuple[int, int]
+    biases: dict[Any, Tensor] = field(default_factory=dict)
+
+    def masks(self, grid: tuple[int, int], chosen: Sequence[int]) -> Tensor:
+        """(regions, cells) bool."""
+        return torch.stack([on_grid(self.regions[number], grid, self.picture).flatten() for number in chosen])
+
+
+def open_in(step: Step, window: tuple[float, float]) -> bool:
+    """Whether this step lies in a window, and has conditional rows."""
+    return step.rows.cond is not None and window[0] <= step.fraction < window[1]
+
+
+def regions_of(masks: Any, who: str) -> Masks:
+    """Pairs or a dict of phrases and regions, checked, as pairs of a phrase and a `Region`.
+
+    Raises:
+        ControlError: they are none, or a phrase is named twice.
+    """
+    pairs = tuple(masks.items()) if isinstance(masks, Mapping) else masks
+    try:
+        found = tuple((phrase, Region(what)) for phrase, what in pairs)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ControlError):
+            raise
+        raise ControlError(f"{who} takes regions by phrase, such as {{'cat': (0, 0, 0.5, 1)}}; not {masks!r}") from None
+    names = [phrase for phrase, _ in found]
+    if not names or len(set(names)) != len(names) or not all(isinstance(name, str) and name for name in names):
+        raise ControlError(f"{who} takes at least one region, and each phrase once; not {names!r}")
+    return found
+
+
+@dataclass(frozen=True)
+class Regions(Control):
+    """Each phrase acts in its own part of the picture only.
+
+    Settings:
+        masks: regions by phrase, as a dict or pairs: a box (left, top, right, bottom) in shares of the picture or in
+            pixels, a mask, a picture, a painted layer; see `attnctl.regions.Region`. An image of a batch uses the
+            phrases that its own prompt has.
+        inside: added to a phrase's logits in its region, 0 or more; each unit multiplies its weight by e. The default is
+            ours, chosen on glyph-sd.
+        strength: how far a phrase is closed outside of its region, from 0 (not at all) to 1 (no trace of it is left);
+            between them its weight there is multiplied by 1 - strength.
+        window: part of the schedule to act in, from 0 (noise) to 1 (picture).
+        where: sites to act at. None: all where the picture attends to text.
+
+    Raises:
+        ControlError: a setting is out of its range, or a region is none.
+        NoSiteError: no selected site has text keys.
+        PhraseError: at the pipeline call, if no prompt has a phrase, or an image has none of them.
+    """
+
+    masks: Masks
+    inside: float = 2.0
+    strength: float = 1.0
+    window: tuple[float, float] = (0.0, 1.0)
+    where: Selection = None
+
+    lane: ClassVar[Lane] = Lane.BIAS
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "masks", regions_of(self.masks, "Regions"))
+        if not 0 <= self.strength <= 1 or not 0 <= self.inside < 100:
+            raise ControlError(
+                f"strength is from 0 to 1, and inside from 0 to 100; not {self.strength!r} and {self.inside!r}"
+            )
+        check_window(self.window)
+
+    @property
+    def phrases(self) -> tuple[str, ...]:
+        return tuple(phrase for phrase, _ in self.masks)
+
+    def sites(self, available: tuple[Site, ...]) -> tuple[Site, ...]:
+        return with_text(available, self.where)
+
+    def begin(self, run: Run) -> Placed:
+        found: list[list[list[int]]] = []
+        trouble: dict[str, PhraseError] = {}
+        for image in range(run.images):
+            found.append([])
+            for phrase in self.phrases:
+                try:
+                    found[-1].append(run.tokens(phrase, image))
+                except PhraseError as error:
+                    trouble.setdefault(phrase, error)
+                    found[-1].append([])
+            if not any(found[-1]):
+                raise next(iter(trouble.values()))
+        for number, phrase in enumerate(self.phrases):
+            if not any(image[number] for image in found):
+                raise trouble[phrase]
+        return Placed(tuple(region for _, region in self.masks), found, run.picture)
+
+    def attend(self, call: AttentionCall, proceed: Proceed) -> Tensor:
+        if not open_in(call.step, self.window) or not (self.strength or self.inside):
+            return proceed(call)
+        placed: Placed = call.step.run.state(self)
+        rows, images = call.step.rows, call.step.images
+        shape = (call.grid, call.k.shape[2], call.text, call.q.dtype, call.q.device, rows.total, rows.cond, images)
+        if str(shape) not in placed.biases:
+            placed.biases[str(shape)] = self._bias(call, placed).to(call.q)
+        return proceed(call.add_bias(placed.biases[str(shape)]))
+
+    def _bias(self, call: AttentionCall, placed: Placed) -> Tensor:
+        """(rows, 1, queries, keys), of one row where all are the same."""
+        rows, images = call.step.rows, call.step.images
+        cond = rows.cond
+        assert cond is not None
+        bias = torch.zeros(rows.total, 1, call.q.shape[2], call.k.shape[2])
+        outside = -math.inf if self.strength == 1 else math.log1p(-self.strength)
+        for row, image in zip(range(cond.start, cond.stop), images, strict=True):
+            chosen = [number for number, own in enumerate(placed.tokens[image]) if own]
+            own = [placed.tokens[image][number] for number in chosen]
+            last = max(map(max, own))
+            check_rows(call, last)
+            masks = placed.masks(call.grid, chosen)
+            text = constrained(masks, own, call.text.stop - call.text.start, self.inside, outside)
+            if text.isneginf().all(1).any():
+                raise ControlError(
+                    f"{call.site.name} would have places without any token; leave words out of the regions"
+                )
+            bias[row, 0, call.image, call.text] = text
+        alike = rows.total == cond.stop - cond.start and bool((bias == bias[:1]).all())
+        return bias[:1] if alike else bias
+
+
+@dataclass(frozen=True)
+class Isolation(Control):
+    """Places of different regions do not see each other; what is in no region sees all and is seen by all.
+
+    It keeps things from melting into one, but also from agreeing with each other (light, ground), so it is best for the
+    first steps only. It acts in all rows, since guidance would blow up a difference between them.
+
+    Settings:
+        masks: regions, as a dict by any name, or pairs; see `Regions`.
+        window: part of the schedule to act in, from 0 (noise) to 1 (picture). The default is ours.
+        where: sites to act at. None: all where the picture attends to itself.
+
+    Raises:
+        ControlError: a setting is out of its range, or there are fewer than two regions.
+        NoSiteError: no selected site has keys of the picture.
+    """
+
+    masks: Masks
+    window: tuple[float, float] = (0.0, 0.3)
+    where: Selection = None
+
+    lane: ClassVar[Lane] = Lane.BIAS
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "masks", regions_of(self.masks, "Isolation"))
+        if len(self.masks) < 2:
+            raise ControlError("Isolation keeps regions apart, so it needs two or more")
+        check_window(self.window)
+
+    def sites(self, available: tuple[Site, ...]) -> tuple[Site, ...]:
+        return select(available, ("self", "joint") if self.where is None else self.where)
+
+    def begin(self, run: Run) -> Placed:
+        return Placed(tuple(region for _, region in self.masks), [], run.picture)
+
+    def attend(self, call: AttentionCall, proceed: Proceed) -> Tensor:
+        if not self.window[0] <= call.step.fraction < self.window[1] or call.site.kind not in ("self", "joint"):
+            return proceed(call)
+        placed: Placed = call.step.run.state(self)
+        shape = str((call.grid, call.k.shape[2], call.image, call.q.dtype, call.q.device))
+        if shape not in placed.biases:
+            may = isolated(placed.masks(call.grid, range(len(placed.regions))))
+            bias = torch.zeros(1, 1, call.q.shape[2], call.k.shape[2])
+            bias[0, 0, call.image, call.image].masked_fill_(~may, -math.inf)
+            placed.biases[shape] = bias.to(call.q)
+        return proceed(call.add_bias(placed.biases[shape]))
