@@ -238,7 +238,7 @@ class Perturb(Control):
         adaptive: how fast the scale falls with the timestep t: max(0, scale - adaptive (1000 - t)); diffusers' PAG.
         window: part of the schedule to act in, from 0 (noise) to 1 (picture): a step at f counts if start <= f < end.
             Outside of it nothing is paid.
-        rescale: 0 to 1, against too much contrast: the term is multiplied by 1 - rescale + rescale std(c) / std(guided).
+        rescale: 0 to 1, against too much contrast: the term is times 1 - rescale + rescale std(c) / std(guided).
         rescale_mode: what "guided" is: "full", with classifier-free guidance, or "partial", c and this term alone.
             Where guidance takes two calls (FLUX), both are partial.
         candidates: sets of heads, one for each image of the batch, drawn together; then `heads` is not read. For

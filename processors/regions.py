@@ -120,8 +120,8 @@ class Regions(Control):
         masks: regions by phrase, as a dict or pairs: a box (left, top, right, bottom) in shares of the picture or in
             pixels, a mask, a picture, a painted layer; see `attnctl.regions.Region`. An image of a batch uses the
             phrases that its own prompt has.
-        inside: added to a phrase's logits in its region, 0 or more; each unit multiplies its weight by e. The default is
-            ours, chosen on glyph-sd.
+        inside: added to a phrase's logits in its region, 0 or more; each unit multiplies its weight by e. The default
+            is ours, chosen on glyph-sd.
         strength: how far a phrase is closed outside of its region, from 0 (not at all) to 1 (no trace of it is left);
             between them its weight there is multiplied by 1 - strength.
         window: part of the schedule to act in, from 0 (noise) to 1 (picture).
