@@ -118,6 +118,7 @@ def draw(
     try:
         with ExitStack() as stack:
             stack.enter_context(_steps_shown(pipe, bar, label))
+            stack.enter_context(_finite_alone(pipe, controls))
             run = stack.enter_context(attach(pipe, *controls, *watch, *by_step)) if controls or watch else None
             picture = pipe(**settings).images[0]
             maps = {word: run.maps.overlay(word, picture) for word in recipe.maps} if run else {}
@@ -133,6 +134,29 @@ def draw(
     except ValueError as error:  # the pipeline's own check of its inputs
         raise DrawingError(" ".join(str(error).split())) from error
     return Drawing(picture, maps, told)
+
+
+@contextmanager
+def _finite_alone(pipe: "DiffusionPipeline", controls: Sequence["Control"]) -> Iterator[None]:
+    """While it is open, a picture that holds infinity or no number is an error; diffusers would paint it black."""
+    processor = getattr(pipe, "image_processor", None)
+    if processor is None:
+        yield
+        return
+    own = processor.postprocess
+
+    def postprocess(image: Any, *args: Any, **kwargs: Any) -> Any:
+        if not image.isfinite().all():
+            names = ", ".join(type(control).__name__ for control in controls)
+            why = f"a setting of {names} is too large" if controls else "try --dtype float32"
+            raise DrawingError(f"the picture is not finite, so there is nothing to save; {why}")
+        return own(image, *args, **kwargs)
+
+    processor.postprocess = postprocess
+    try:
+        yield
+    finally:
+        del processor.postprocess
 
 
 def needed(recipe: "Recipe") -> tuple[str, ...]:

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 Texts = dict[str, list[str]]  # encode_prompt argument -> one text per image
 
 
+def name_of(image: int, prompt: str) -> str:
+    """ "image 1 ('a dog')": how messages speak of one picture of a batch."""
+    return f"image {image} ({prompt if len(prompt) <= 60 else prompt[:57] + '...'!r})"
+
+
 @dataclass(eq=False)
 class Run:
     """One pipeline call.
@@ -62,6 +67,12 @@ class Run:
                 "the pipeline was given embeddings, not words; say what they mean: attach(..., prompt=...)"
             )
         return self.texts["prompt"]
+
+    def describe(self, image: int) -> str:
+        """ "image 1 ('a dog')" for messages; "" if there is only one picture, or nobody said what it is of."""
+        if self.images == 1 or "prompt" not in self.texts:
+            return ""
+        return name_of(image, self.prompts[image])
 
     def tokens(self, phrase: str, image: int) -> list[int]:
         """Text rows of a site that hold a phrase of one image's prompt, over all tokenizers of the pipeline.

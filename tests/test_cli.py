@@ -313,6 +313,19 @@ def test_bad_request(generate, somewhere, words, said):
     assert [path.name for path in somewhere.iterdir()] == ["file"]
 
 
+def test_latents_that_are_not_finite_are_an_error_that_names_the_control(generate, somewhere, monkeypatch):
+    monkeypatch.setattr(cli, "known_controls", KNOWN)
+    code, out, err = generate("--control", "segregation(cat, dog, strength=1e30)")
+    assert (code, out, len(err)) == (2, [], 1) and list(somewhere.iterdir()) == []
+    assert "Segregation" in err[0] and "not finite" in err[0] and "strength" in err[0]
+
+
+def test_a_picture_that_is_not_finite_is_an_error(generate, somewhere):
+    code, out, err = generate("--control", "damp(cat, strength=1e38)")
+    assert (code, out, len(err)) == (2, [], 1) and list(somewhere.iterdir()) == []
+    assert "the picture is not finite" in err[0] and "Damp" in err[0]
+
+
 def test_a_trace_is_data_and_pictures(generate, monkeypatch):
     monkeypatch.setattr(cli, "known_controls", KNOWN)
     code, out, err = generate("--control", "astar(cat, dog)", "--trace", "--compare")
