@@ -1,5 +1,22 @@
 """Errors that are the caller's to mend. Each message is one line that names what was asked and what exists."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def instead(name: str, known: Iterable[str]) -> str:
+    """ "did you mean strength?" or, where nothing is near, "there are strength, maps, ...": the end of a message."""
+    names = list(known)
+    plain = {one.replace("_", "").lower(): one for one in names}
+    if near := get_close_matches(name.replace("_", "").lower(), plain, 1, 0.7):
+        return f"did you mean {plain[near[0]]}?"
+    return f"there are {short(', '.join(names), 200)}" if names else "there is none"
+
+
+def short(text: str, most: int = 80) -> str:
+    """The text, or its beginning and "..." where it is longer."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
 
 class AttnctlError(ValueError):
     """Base of every error attnctl raises on purpose."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .errors import PhraseError
+from .errors import PhraseError, short
 
 if TYPE_CHECKING:
     from .run import Run
@@ -199,7 +199,7 @@ def _overlap(one: Span, other: Span) -> bool:
 
 def _inventory(prompt: str) -> str:
     found = words(prompt)
-    return f"its words are: {', '.join(found)}" if found else "the prompt has no words"
+    return f"its words are: {short(', '.join(found), 200)}" if found else "the prompt has no words"
 
 
 # --- characters -> tokens ---------------------------------------------------------------------------------------------

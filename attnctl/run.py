@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .control import AttentionCall, Control, Rows
-from .errors import ControlError, PhraseError
+from .errors import ControlError, PhraseError, short
 from .families import Family
 from .sites import Site
 
@@ -23,7 +23,7 @@ Texts = dict[str, list[str]]  # encode_prompt argument -> one text per image
 
 def name_of(image: int, prompt: str) -> str:
     """ "image 1 ('a dog')": how messages speak of one picture of a batch."""
-    return f"image {image} ({prompt if len(prompt) <= 60 else prompt[:57] + '...'!r})"
+    return f"image {image} ({short(prompt, 60)!r})"
 
 
 @dataclass(eq=False)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 import torch
 
 from attnctl.control import Control, Lane
-from attnctl.errors import ControlError, PhraseError
+from attnctl.errors import ControlError, PhraseError, instead
 from attnctl.look_ahead import look_ahead
 from attnctl.maps import check_window, with_text
 from attnctl.prompts import positions, streams
@@ -119,7 +119,7 @@ class MapDescent(Control):
     def __init__(self, *phrases: Any, **settings: Any) -> None:
         known = {one.name: one for one in fields(self) if one.name != "phrases"}
         if unknown := [name for name in settings if name not in known]:
-            raise TypeError(f"{type(self).__name__} has no setting {unknown[0]!r}; it has {', '.join(known)}")
+            raise TypeError(f"{type(self).__name__} has no setting {unknown[0]!r}; {instead(unknown[0], known)}")
         self._set(phrases=phrases)
         for name, one in known.items():
             assert one.default is not MISSING
