@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import __version__
-from .command import UsageError, check_writable, run
+from .command import UsageError, check_writable, plain, run, tell
+from .errors import short
+from .limits import LARGEST
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -139,7 +141,7 @@ def generate(
             **_surroundings(pipe),
         )
         if negative and first.guidance is not None and first.guidance <= 1:
-            print(f"attnctl: --negative does nothing without guidance, which is {first.guidance:g}", file=sys.stderr)
+            tell(f"--negative does nothing without guidance, which is {first.guidance:g}")
         for number in range(count):
             one = replace(first, seed=seed + number)
             kinds = ["plain"] * (compare or not controls) + ["controlled"] * bool(controls)
@@ -152,7 +154,7 @@ def generate(
             paths = _save(drawings, one, out)
             seen = _judged(model, drawings)
             with paused(bar):
-                print(*seen, *paths, sep="\n", flush=True)
+                print(*seen, *map(plain, paths), sep="\n", flush=True)
 
 
 def _checked(
@@ -174,9 +176,11 @@ def _checked(
 def _size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
-    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text.lower())
+    match = re.fullmatch(r"(\d+)x(\d+)", text.lower())
     if match is None:
-        raise UsageError(f"--size {text}: write it as WIDTHxHEIGHT, such as 512x768")
+        raise UsageError(f"--size {short(text)}: write it as WIDTHxHEIGHT, such as 512x768")
+    if any(len(side.lstrip("0")) > 5 or int(side) > LARGEST for side in match.groups()):
+        raise UsageError(f"--size {short(text)}: a side has at most {LARGEST} pixels")
     return int(match[1]), int(match[2])
 
 
@@ -200,7 +204,7 @@ def _control_texts(prompt: str, model: str, texts: list[str], subjects: str | No
     if len(things) < 2:
         raise UsageError("--compare has nothing to compare with: give --control, or --subjects 'PHRASE, PHRASE'")
     chosen = write_control("segregation", *things)
-    print(f"attnctl: no control was given, so {chosen} is compared with none", file=sys.stderr)
+    tell(f"no control was given, so {chosen} is compared with none")
     return [chosen]
 
 
@@ -213,7 +217,7 @@ def _read_control(prompt: str) -> str:
     if len(subjects) < 2:
         raise UsageError(f"--subjects auto: the prompt names one thing, {subjects[0].whole!r}; two are kept apart")
     chosen = write_control("segregation", *(subject.whole for subject in subjects))
-    print(f"attnctl: the prompt names {', '.join(map(str, subjects))}: {chosen}", file=sys.stderr)
+    tell(f"the prompt names {', '.join(map(str, subjects))}: {chosen}")
     return chosen
 
 
@@ -231,9 +235,9 @@ def _mapped_words(pipe: "DiffusionPipeline", prompt: str) -> tuple[str, ...]:
 
     shown, left_out = shown_words(pipe, prompt)
     if left_out:
-        print(f"attnctl: --maps leaves out what the tokenizer does not keep: {', '.join(left_out)}", file=sys.stderr)
+        tell(f"--maps leaves out what the tokenizer does not keep: {', '.join(left_out)}")
     if not shown:
-        print("attnctl: --maps has no word of the prompt to show", file=sys.stderr)
+        tell("--maps has no word of the prompt to show")
     return shown
 
 
@@ -264,7 +268,7 @@ def _with_heads(text: str, control: "Control") -> str:
 
 
 def _open(model: str, device: str | None, dtype: str, bar: "Progress") -> "DiffusionPipeline":
-    task = bar.add_task(f"loading {model}", total=None)
+    task = bar.add_task(f"loading {plain(model)}", total=None)
     import torch
 
     from .loading import load
@@ -357,11 +361,11 @@ def reproduce(
         }
     again = drawing.pictures(drawings, known)[known.shows]
     for line in changes:
-        print(f"attnctl: {line}", file=sys.stderr)
+        tell(line)
     if out is not None:
         path = _unused(out / image.name)
         recipe.save(again, path, replace(known, **used))
-        print(path)
+        print(plain(path))
     if recipe.pixel_hash(again) == known.pixels:
         print("bit-identical")
         return

@@ -6,7 +6,7 @@ The recipe also holds the hash of the picture's pixels, so "bit-identical" is a 
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -18,6 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .errors import AttnctlError
+from .limits import LARGEST, STEPS, THREADS
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -101,8 +102,8 @@ def _texts(value: Any) -> bool:
     return isinstance(value, list) and all(map(_text, value))
 
 
-def _whole(value: Any, least: int) -> bool:
-    return type(value) is int and least <= value < 2**63
+def _whole(value: Any, least: int, most: int = 2**63 - 1) -> bool:
+    return type(value) is int and least <= value <= most
 
 
 def _number(value: Any) -> bool:
@@ -115,11 +116,12 @@ _HOLDS: dict[str, tuple[_Fits, str]] = {
     **dict.fromkeys(("negative", "pixels"), (lambda value: value is None or _text(value), "text or null")),
     **dict.fromkeys(("controls", "maps"), (_texts, "a list of texts")),
     **dict.fromkeys(
-        ("steps", "width", "height"),
-        (lambda value: value is None or _whole(value, 1), "a whole number from 1 up, or null"),
+        ("width", "height"),
+        (lambda value: value is None or _whole(value, 1, LARGEST), f"a whole number from 1 to {LARGEST}, or null"),
     ),
+    "steps": (lambda value: value is None or _whole(value, 1, STEPS), f"a whole number from 1 to {STEPS}, or null"),
     "seed": (lambda value: _whole(value, 0), "a whole number from 0 up"),
-    "threads": (lambda value: _whole(value, 1) and value < 2**31, "a whole number from 1 up"),
+    "threads": (lambda value: _whole(value, 1, THREADS), f"a whole number from 1 to {THREADS}"),
     "guidance": (lambda value: value is None or _number(value), "a number from 0 up, or null"),
     "versions": (lambda value: isinstance(value, dict) and _texts(list(value.values())), "texts by name"),
     "shows": (lambda value: value in ("plain", "controlled", "maps", "comparison"), "a kind of picture"),
@@ -160,27 +162,19 @@ def save(picture: Image.Image, path: Path, recipe: Recipe) -> None:
     info = PngInfo()
     info.add_itxt(CHUNK, replace(recipe, pixels=pixel_hash(picture)).to_json())
     made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
-    temporary = None
+    temporary = path.parent / f".{secrets.token_hex(8)}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:  # tempfile's are for their owner alone; these get the usual rights
             picture.save(file, format="PNG", pnginfo=info)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner reads
         os.replace(temporary, path)
     except BaseException:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         for folder in made:
             with suppress(OSError):
                 folder.rmdir()
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def open_picture(path: Path) -> Image.Image:

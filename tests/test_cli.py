@@ -1,6 +1,7 @@
 """The command line, run in this process on a tiny pipeline in a folder."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from attnctl.sites import select
 
 WORDS = "a cat and a dog"
 KNOWN = cli.known_controls
+HERE = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}  # this checkout, also where another is installed
 
 
 @dataclass(frozen=True)
@@ -286,8 +288,11 @@ def test_an_embedded_model_is_judged_and_its_things_are_found(run, judge, tiny, 
         (["--size", "26x16"], "have to be divisible by 8"),  # the pipeline's own check
         (["--size", "16"], "--size 16: write it as WIDTHxHEIGHT"),
         (["--size", "0x16"], "size 0x16"),
-        (["--control", "nonesuch(cat)"], "unknown control 'nonesuch'; there are: damp(*phrases, strength=0.5)"),
-        (["--control", "damp(cat, weight=1)"], "there is no setting 'weight'; it is written damp("),
+        (["--size", "100000x100000"], "--size 100000x100000: a side has at most 8192 pixels"),
+        (["--size", "8x8194"], "--size 8x8194: a side has at most 8192 pixels"),
+        (["--size", "9" * 5000 + "x8"], "at most 8192 pixels"),
+        (["--control", "nonesuch(cat)"], "unknown control 'nonesuch'; there are damp"),
+        (["--control", "damp(cat, weight=1)"], "there is no setting 'weight'; there are strength"),
         (["--control", "damp(cat, strength=strong)"], "strength = strong does not fit"),
         (["--control", "damp(lion)"], "'lion'"),
         (["--compare"], "--compare has nothing to compare with"),
@@ -366,7 +371,7 @@ def test_controls_are_listed_and_explained(run, monkeypatch):
     code, whole, err = run("controls", "Segregation")
     assert (code, err) == (0, []) and any("window: part of the schedule" in line for line in whole)
     code, out, err = run("controls", "nope")
-    assert (code, out, len(err)) == (2, [], 1) and "unknown control 'nope'; there are: astar(" in err[0]
+    assert (code, out, len(err)) == (2, [], 1) and "unknown control 'nope'; there are astar, " in err[0]
 
 
 def test_a_negative_prompt_without_guidance_is_told(generate):
@@ -434,6 +439,70 @@ def test_a_picture_that_is_not_ours(run, somewhere):
     assert [path.name for path in somewhere.iterdir()] == ["bare.png"]
 
 
+def rewritten(path, **changes):
+    """The PNG at `path` with a recipe that somebody has changed; of the same pixels."""
+    picture, known = recipe.read(Path(path))
+    info = recipe.PngInfo()
+    info.add_itxt(recipe.CHUNK, json.dumps(json.loads(known.to_json()) | changes))
+    picture.save("changed.png", pnginfo=info)
+    return "changed.png"
+
+
+def test_a_recipe_with_a_million_threads_is_refused(generate, run):
+    code, out, err = run("reproduce", rewritten(generate()[1][0], threads=1_000_000))
+    assert (code, out, len(err)) == (2, [], 1) and "threads is 1000000, not a whole number from 1 to 1024" in err[0]
+
+
+EVIL = "\x1b[2J\x1b]0;gone\x07\r\nattnctl: all is well\x9b31m\u202e"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"versions": {f"torch{EVIL}": EVIL}},
+        {"weights": EVIL, "model": None},
+        {"model": EVIL},
+        {"device": f"cpu{EVIL}"},
+        {"dtype": EVIL},
+        {"controls": [EVIL], "shows": "controlled"},
+        {"controls": [f"damp(cat, {EVIL})"], "shows": "controlled"},
+        {"maps": [EVIL], "shows": "maps"},
+        {"shows": EVIL},
+        {EVIL: 1, "seed": EVIL},
+    ],
+)
+def test_text_from_a_file_says_nothing_to_the_terminal(generate, run, tiny, monkeypatch, capfd, changes):
+    drawn = generate()[1][0]
+    more = []
+    if "model" in changes and changes["model"] is None:
+        changes = changes | {"model": f"{tiny}{EVIL}"}
+        more = ["--model", tiny]
+    monkeypatch.setattr(sys, "argv", ["attnctl", "reproduce", rewritten(drawn, **changes), *map(str, more)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = "".join(capfd.readouterr())
+    assert said and all(char.isprintable() or char == "\n" for char in said), said
+    assert all(line.startswith(("attnctl: ", "differs: ", "bit-identical")) for line in said.splitlines())
+    assert not any(line.startswith("attnctl: all is well") for line in said.splitlines())
+
+
+@pytest.mark.parametrize("module", ["typer", "torch", "diffusers"])
+def test_an_interrupt_during_imports_is_one_line(somewhere, module):
+    script = f"""
+import sys, runpy
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Stop())
+sys.argv = ["attnctl", "generate", "a cat"]
+import attnctl.__main__
+attnctl.__main__.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=somewhere, env=HERE)
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "attnctl: interrupted")
+
+
 def test_a_bug_keeps_its_traceback(run, monkeypatch):
     monkeypatch.setattr(cli, "_checked", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -444,5 +513,7 @@ def test_help_and_version_import_nothing_heavy(somewhere):
     script = "import sys; from attnctl.cli import main\ntry: main()\nexcept SystemExit as stop: code = stop.code\n"
     script += "print(code, sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
     for words in (["--help"], ["generate", "--help"], ["--version"], ["generate", "a cat", "--size", "1"]):
-        done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, cwd=somewhere)
+        done = subprocess.run(
+            [sys.executable, "-c", script, *words], capture_output=True, text=True, cwd=somewhere, env=HERE
+        )
         assert done.stdout.splitlines()[-1] == ("2 []" if words[-1] == "1" else "0 []"), done.stderr
