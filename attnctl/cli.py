@@ -14,7 +14,7 @@ import typer
 from . import __version__
 from .command import UsageError, check_writable, plain, run, tell
 from .errors import short
-from .limits import LARGEST
+from .limits import LARGEST, STEPS, THREADS
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -95,6 +95,10 @@ def generate(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures; made if need be.")] = Path("out"),
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "float32",
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Threads of the processor; default: 1 for an embedded model, else torch's own number."),
+    ] = None,
 ) -> None:
     """Draw pictures, with controls, word maps and a comparison if you like.
 
@@ -103,11 +107,11 @@ def generate(
     - attnctl generate 'a cat and a dog' --control 'astar(cat, dog)' --trace
     - attnctl generate 'a lion with a crown' --model ./my-model --size 768x512 --control 'segregation(lion, crown)'
 
-    A control is written like a call whose strings need no quotes: phrases of the prompt first, then settings. A wrong
-    name or setting is answered with the list of those there are. Every PNG holds its whole recipe: `attnctl reproduce`
-    draws it again, bit for bit on the same machine.
+    A control is written like a call whose strings need no quotes: phrases of the prompt first, then settings.
+    Segregation, astar, excitation and retention without a phrase take the things that the prompt names. Every PNG holds
+    its whole recipe: `attnctl reproduce` draws it again, bit for bit on the same machine.
     """
-    shape = _checked(prompt, seed, count, steps, guidance, size)
+    shape = _checked(prompt, seed, count, steps, guidance, size, threads)
     texts = _control_texts(prompt, model, control or [], subjects, compare)
     if trace and not texts:
         raise UsageError("--trace tells what a control does: give --control as well")
@@ -118,8 +122,10 @@ def generate(
     from . import drawing, loading, recipe
     from .bars import bars, paused
 
+    if threads is None and model in loading.embedded():
+        threads = 1  # so small a model gains little by more, and beside a busy process they wait for one another
     with bars() as bar:
-        pipe = _open(model, device, dtype, bar)
+        pipe = _open(model, device, dtype, bar, threads)
         if shape is not None:
             drawing.check_size(pipe, *shape)
         usual = loading.USUAL.get(model, {})
@@ -158,16 +164,24 @@ def generate(
 
 
 def _checked(
-    prompt: str, seed: int, count: int, steps: int | None, guidance: float | None, size: str | None
+    prompt: str,
+    seed: int,
+    count: int,
+    steps: int | None,
+    guidance: float | None,
+    size: str | None,
+    threads: int | None,
 ) -> tuple[int, int] | None:
     """The size as numbers, once every plain setting makes sense."""
     if not prompt.strip():
         raise UsageError("the prompt is empty")
     if not 0 <= seed < 2**63 - count:
         raise UsageError(f"--seed {seed}: a seed is a whole number from 0 to 2^63 - 1, also of the last picture")
-    for name, value in (("--count", count), ("--steps", steps)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} {value}: at least 1")
+    if count < 1:
+        raise UsageError(f"--count {count}: at least 1")
+    for name, value, most in (("--steps", steps, STEPS), ("--threads", threads, THREADS)):
+        if value is not None and not 1 <= value <= most:
+            raise UsageError(f"{name} {value}: from 1 to {most}")
     if guidance is not None and not 0 <= guidance < float("inf"):
         raise UsageError(f"--guidance {guidance}: a number from 0 up")
     return _size(size)
@@ -193,13 +207,13 @@ def _control_texts(prompt: str, model: str, texts: list[str], subjects: str | No
         if texts:
             raise UsageError("--subjects is short for one --control; give one of the two")
         if subjects.strip().lower() == "auto":
-            return [_read_control(prompt)]
+            return [_filled("segregation", "", _read_things(prompt), "--subjects auto")]
         phrases = [phrase.strip() for phrase in subjects.split(",")]
         if len(phrases) < 2 or not all(phrases):
             raise UsageError(f"--subjects {subjects!r}: at least two phrases of the prompt, with commas between them")
         return [write_control("segregation", *phrases)]
     if texts or not compare:
-        return texts
+        return [_with_phrases(text, prompt, model) for text in texts]
     things = _glyph_things(prompt) if model in embedded() else []
     if len(things) < 2:
         raise UsageError("--compare has nothing to compare with: give --control, or --subjects 'PHRASE, PHRASE'")
@@ -208,16 +222,39 @@ def _control_texts(prompt: str, model: str, texts: list[str], subjects: str | No
     return [chosen]
 
 
-def _read_control(prompt: str) -> str:
-    """Segregation of the things that the prompt names, which are told on stderr."""
-    from .control_text import write_control
+READ = {"segregation": 2, "astar": 2, "excitation": 1, "retention": 1}
+"""The controls that read their phrases from the prompt where none is named, and how many they need."""
+
+
+def _with_phrases(text: str, prompt: str, model: str) -> str:
+    """A control's text; if it names no phrase, with the things that the prompt names, which are told on stderr."""
+    from .control_text import named, phraseless
+    from .loading import embedded
+
+    bare = phraseless(text)
+    kind = named(bare[0], known_controls()).__name__.lower() if bare else ""
+    if bare is None or kind not in READ:
+        return text
+    things = _glyph_things(prompt) if model in embedded() else []
+    if len(things) < READ[kind]:
+        things = _read_things(prompt)
+    return _filled(*bare, things, f"--control {bare[0]}", READ[kind])
+
+
+def _read_things(prompt: str) -> list[str]:
+    """The things that any prompt names, with their adjectives."""
     from .subjects import read_subjects
 
-    subjects = read_subjects(prompt)
-    if len(subjects) < 2:
-        raise UsageError(f"--subjects auto: the prompt names one thing, {subjects[0].whole!r}; two are kept apart")
-    chosen = write_control("segregation", *(subject.whole for subject in subjects))
-    tell(f"the prompt names {', '.join(map(str, subjects))}: {chosen}")
+    return [subject.whole for subject in read_subjects(prompt)]
+
+
+def _filled(name: str, settings: str, things: list[str], asked: str, least: int = 2) -> str:
+    from .control_text import write_control
+
+    if len(things) < least:
+        raise UsageError(f"{asked}: the prompt names one thing, {things[0]!r}; two are kept apart")
+    chosen = write_control(name, *things, settings=settings)
+    tell(f"the prompt names {', '.join(things)}: {chosen}")
     return chosen
 
 
@@ -267,12 +304,17 @@ def _with_heads(text: str, control: "Control") -> str:
     return text
 
 
-def _open(model: str, device: str | None, dtype: str, bar: "Progress") -> "DiffusionPipeline":
+def _open(
+    model: str, device: str | None, dtype: str, bar: "Progress", threads: int | None = None
+) -> "DiffusionPipeline":
+    """The pipeline; from then on torch works with so many threads, or, if None, with its own number."""
     task = bar.add_task(f"loading {plain(model)}", total=None)
     import torch
 
     from .loading import load
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     torch.backends.cudnn.deterministic = True  # a seed means one picture
     pipe = load(model, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype=dtype)
     bar.remove_task(task)
@@ -348,11 +390,8 @@ def reproduce(
     if out is not None:
         check_writable(out)
     controls = [_control(text) for text in known.controls]
-    import torch
-
-    torch.set_num_threads(known.threads)
     with bars() as bar:
-        pipe = _open(model or known.model, device or known.device, known.dtype, bar)
+        pipe = _open(model or known.model, device or known.device, known.dtype, bar, known.threads)
         used = {"model": model or known.model, "weights": recipe.weights_hash(pipe), **_surroundings(pipe)}
         changes = known.differences(recipe.installed_versions(), used["weights"])
         drawings = {

@@ -71,10 +71,21 @@ def describe(cls: type) -> str:
     return f"{_snake(cls.__name__)}({', '.join(words)})"
 
 
-def write_control(name: str, *phrases: str) -> str:
-    """The text of a control of these phrases."""
+def write_control(name: str, *phrases: str, settings: str = "") -> str:
+    """The text of a control of these phrases; the settings stand behind them as they are written."""
     quoted = (repr(phrase) if re.search(r"[,()\[\]{}='\"]", phrase) else phrase for phrase in phrases)
-    return f"{name}({', '.join(quoted)})"
+    return f"{name}({', '.join((*quoted, *filter(None, [settings])))})"
+
+
+def phraseless(text: str) -> tuple[str, str] | None:
+    """(name, settings) of a control whose text has neither phrases nor masks; None for any other."""
+    match = _CALL.fullmatch(text)
+    body = (match["body"] or "").strip() if match else ""
+    if match is None or any(
+        not (one := _SETTING.fullmatch(part)) or one["name"] == "masks" for part in _split(body, text)
+    ):
+        return None
+    return match["name"], body
 
 
 def _plain(name: str) -> str:

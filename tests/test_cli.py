@@ -298,7 +298,9 @@ def test_an_embedded_model_is_judged_and_its_things_are_found(run, judge, tiny, 
         (["--compare"], "--compare has nothing to compare with"),
         (["--subjects", "cat"], "at least two phrases"),
         (["--subjects", "cat, dog", "--control", "damp(cat)"], "give one of the two"),
-        (["--steps", "0"], "--steps 0: at least 1"),
+        (["--steps", "0"], "--steps 0: from 1 to 10000"),
+        (["--threads", "0"], "--threads 0: from 1 to 1024"),
+        (["--threads", "1000000"], "--threads 1000000: from 1 to 1024"),
         (["--count", "0"], "--count 0: at least 1"),
         (["--count", "many"], "valid integer"),
         (["--seed", "-1"], "--seed -1"),
@@ -362,6 +364,72 @@ def test_subjects_are_read_from_the_prompt(generate, monkeypatch):
     assert recipe.read(Path(out[-1]))[1].controls == ("segregation(red cat, dog)",)
     code, _, err = generate("--subjects", "auto", prompt="a cat")
     assert code == 2 and "names one thing, 'cat'" in err[0]
+
+
+@pytest.mark.parametrize(
+    ("control", "filled"),
+    [
+        ("segregation", "segregation(red cat, dog)"),
+        ("AStar()", "AStar(red cat, dog)"),
+        ("excitation(strength=0.5)", "excitation(red cat, dog, strength=0.5)"),
+        ("retention", "retention(red cat, dog)"),
+    ],
+)
+def test_a_control_without_phrases_reads_them_from_the_prompt(generate, monkeypatch, control, filled):
+    monkeypatch.setattr(cli, "known_controls", KNOWN)
+    code, out, err = generate("--control", control, "--steps", 1, prompt="a red cat and a dog")
+    assert code == 0 and err == [f"attnctl: the prompt names red cat, dog: {filled}"]
+    assert recipe.read(Path(out[-1]))[1].controls == (filled,)
+
+
+def test_a_control_without_phrases_on_an_embedded_model_knows_its_things(run, judge, tiny, monkeypatch):
+    from attnctl import loading, subjects
+
+    monkeypatch.setattr(loading, "MODELS", tiny.parent)
+    monkeypatch.setattr(cli, "known_controls", KNOWN)
+    monkeypatch.setattr(subjects, "read_subjects", lambda _: pytest.fail("no tagger is needed here"))
+    code, out, err = run("generate", WORDS, "--model", "tiny", "--steps", 1, "--control", "segregation(strength=0.5)")
+    assert code == 0 and err == ["attnctl: the prompt names cat, dog: segregation(cat, dog, strength=0.5)"]
+
+
+def test_a_control_without_phrases_says_what_it_lacks(generate, monkeypatch):
+    monkeypatch.setattr(cli, "known_controls", KNOWN)
+    code, out, err = generate("--control", "segregation", prompt="a cat")
+    assert (code, out, len(err)) == (2, [], 1) and "the prompt names one thing, 'cat'; two are kept apart" in err[0]
+    code, out, err = generate("--control", "retention", "--steps", 1, prompt="a cat")
+    assert code == 0 and err == ["attnctl: the prompt names cat: retention(cat)"]
+    code, out, err = generate("--control", "retention(masks={cat: [0, 0, 0.5, 1]})", "--steps", 1)
+    assert (code, err) == (0, [])
+    code, out, err = generate("--control", "binding", "--steps", 1)
+    assert code == 2 and "a modifier and its noun" in err[0]
+
+
+@pytest.fixture
+def threads():
+    """As many of torch's threads as there were, whatever a test does."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield torch.get_num_threads
+    torch.set_num_threads(before)
+
+
+def test_an_embedded_model_draws_with_one_thread_unless_told(run, judge, tiny, monkeypatch, threads):
+    from attnctl import loading
+
+    monkeypatch.setattr(loading, "MODELS", tiny.parent)
+
+    def used(*words):
+        code, out, err = run("generate", WORDS, "--steps", 1, *words)
+        assert (code, err) == (0, [])
+        assert run("reproduce", out[-1])[:2] == (0, ["bit-identical"])
+        return recipe.read(Path(out[-1]))[1].threads, threads()
+
+    assert used("--model", "tiny") == (1, 1)
+    assert used("--model", "tiny", "--threads", 2) == (2, 2)
+    assert used("--model", tiny) == (2, 2)
+    assert used("--model", tiny, "--threads", 1) == (1, 1)
 
 
 def test_controls_are_listed_and_explained(run, monkeypatch):
