@@ -116,8 +116,8 @@ def generate(
     if trace and not texts:
         raise UsageError("--trace tells what a control does: give --control as well")
     check_writable(out)
+    texts = [_without_files(text) for text in texts]
     controls = [_control(text) for text in texts]
-    texts = [_with_heads(text, control) for text, control in zip(texts, controls, strict=True)]
 
     from . import drawing, loading, recipe
     from .bars import bars, paused
@@ -294,13 +294,20 @@ def _control(text: str) -> "Control":
     return parse_control(text, known_controls())
 
 
-def _with_heads(text: str, control: "Control") -> str:
-    """The control's text for the recipe: heads that stand in a file are written out, since files change."""
+def _without_files(text: str) -> str:
+    """The control's text for the recipe: heads and masks that stand in files are written out, since files change."""
     from .heads import files_of, read_heads
 
+    control = _control(text)
     for file in files_of(getattr(control, "heads", ())):
         heads = read_heads(Path(file).expanduser())
         text = text.replace(file, " ".join(map(str, heads)) if isinstance(heads, tuple) else str(heads))
+    for _, region in getattr(control, "masks", ()):
+        if region.file is not None:
+            from .regions import written
+
+            place = rf"""([:,]\s*)(["']?){re.escape(region.file)}\2(?=\s*[])}},])"""
+            text = re.sub(place, rf"\1'{written(region.file)}'", text)
     return text
 
 

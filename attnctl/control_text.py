@@ -103,13 +103,13 @@ def _show(value: Any) -> str:
 # --- text -> values ---------------------------------------------------------------------------------------------------
 
 
-def _split(body: str, text: str) -> list[str]:
-    """The parts between the commas that stand outside quotes and brackets."""
+def _split(body: str, text: str, pairs: bool = False) -> list[str]:
+    """The parts between the commas that stand outside quotes and brackets; of `pairs`, a value begins at a colon."""
     parts, depth, quote, start = [], 0, "", 0
     for position, char in enumerate(body):
         if quote:
             quote = "" if char == quote else quote
-        elif char in "'\"" and body[start:position].rstrip()[-1:] in ("", "=", ",", *_OPEN, *":"[: int(depth > 0)]):
+        elif char in "'\"" and body[start:position].rstrip()[-1:] in ("", "=", ",", *_OPEN, *":"[: pairs or depth > 0]):
             quote = char  # only where a value begins: "the cat's hat" is a phrase
         elif char in _OPEN:
             depth += 1
@@ -178,7 +178,7 @@ def _pairs(word: str) -> dict[Any, Any] | None:
     """What stands in braces as {key: value, ...}, or None if nothing does."""
     if word[:1] != "{" or word[-1] != "}":
         return None
-    pairs = [_PAIR.fullmatch(part) for part in _split(word[1:-1], word)]
+    pairs = [_PAIR.fullmatch(part) for part in _split(word[1:-1], word, pairs=True)]
     if not all(pairs):
         raise ControlTextError(f"cannot read {short(word)!r}: in braces stand pairs, as in {{cat: 1, dog: 2}}")
     return {_value(pair["key"].strip()): _value(pair["value"].strip()) for pair in pairs if pair}

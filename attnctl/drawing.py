@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .errors import AttnctlError, PhraseError, UnsupportedPipelineError
+from .errors import AttnctlError, PhraseError, UnsupportedPipelineError, short
 from .prompts import positions, streams, words
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def needed(recipe: "Recipe") -> tuple[str, ...]:
 
 def pictures(drawings: dict[str, Drawing], recipe: "Recipe") -> dict[str, Image.Image]:
     """Every picture that these drawings give, by what it shows; the most telling one last."""
-    titles = {"plain": "plain", "controlled": "; ".join(recipe.controls)}
+    titles = {"plain": "plain", "controlled": "; ".join(short(text, 200) for text in recipe.controls)}
     columns = [_column(drawing, titles[kind]) for kind, drawing in drawings.items()]
     found = {kind: drawing.picture for kind, drawing in drawings.items()}
     if len(columns) > 1:

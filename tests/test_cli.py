@@ -404,6 +404,30 @@ def test_a_control_without_phrases_says_what_it_lacks(generate, monkeypatch):
     assert code == 2 and "a modifier and its noun" in err[0]
 
 
+@pytest.mark.parametrize("masks", ["{cat: %s}", "{'cat': '%s'}", "[[cat, %s]]", '(("cat", "%s"),)'])
+def test_a_mask_file_is_named_on_the_command_line(generate, run, somewhere, monkeypatch, masks):
+    monkeypatch.setattr(cli, "known_controls", KNOWN)
+    left = Image.new("L", (16, 16))
+    left.paste(255, (0, 0, 8, 16))
+    left.save("left half.png")
+
+    def pixels(masks):
+        code, out, err = generate("--control", f"retention(cat, dog, masks={masks})", "--compare")
+        assert (code, err) == (0, [])
+        return recipe.read(Path(out[1]))[1].pixels, out[-1]
+
+    drawn, sheet = pixels(masks % "left half.png")
+    assert drawn == pixels("{cat: [0, 0, 0.5, 1]}")[0]
+    Path("left half.png").unlink()  # the recipe holds what was in it
+    assert run("reproduce", sheet)[:2] == (0, ["bit-identical"])
+
+
+def test_a_mask_file_that_is_not_there(generate, monkeypatch):
+    monkeypatch.setattr(cli, "known_controls", KNOWN)
+    code, out, err = generate("--control", "retention(cat, masks={cat: nowhere.png})")
+    assert (code, out, len(err)) == (2, [], 1) and "cannot read the picture nowhere.png" in err[0]
+
+
 @pytest.fixture
 def threads():
     """As many of torch's threads as there were, whatever a test does."""
