@@ -158,7 +158,7 @@ def generate(
                 for kind in kinds
             }
             paths = _save(drawings, one, out)
-            seen = _judged(model, drawings)
+            seen = [*_left_alone(drawings), *_judged(model, drawings)]
             with paused(bar):
                 print(*seen, *map(plain, paths), sep="\n", flush=True)
 
@@ -450,6 +450,15 @@ def judge(
     readings = judges.load().read(pictures)
     answers = [{"image": str(path), **reading.to_json()} for path, reading in zip(images, readings, strict=True)]
     print(json.dumps(answers, indent=2))
+
+
+def _left_alone(drawings: "dict[str, Drawing]") -> list[str]:
+    """Which pictures a control left as they were, one line each."""
+    return [
+        f"{kind:<10}  left alone by {', '.join(drawn.alone)}, which looked ahead and saw every phrase"
+        for kind, drawn in drawings.items()
+        if drawn.alone
+    ]
 
 
 def _judged(model: str, drawings: "dict[str, Drawing]") -> list[str]:

@@ -39,11 +39,15 @@ class Trace:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture, the heat map of each word over it, and, if asked for, what the controls did."""
+    """A picture, the heat map of each word over it, and, if asked for, what the controls did.
+
+    `alone` names the controls that looked ahead and left the picture as it was.
+    """
 
     picture: Image.Image
     maps: dict[str, Image.Image]
     trace: Trace | None = None
+    alone: tuple[str, ...] = ()
 
 
 def content_words(prompt: str) -> tuple[str, ...]:
@@ -123,6 +127,7 @@ def draw(
             picture = pipe(**settings).images[0]
             maps = {word: run.maps.overlay(word, picture) for word in recipe.maps} if run else {}
             told = _told(run, len(controls), by_step) if run and trace else None
+            alone = _left_alone(run, controls) if run else ()
     except AttnctlError:
         raise
     except torch.OutOfMemoryError as error:
@@ -133,7 +138,7 @@ def draw(
         raise DrawingError(f"out of memory on {recipe.device}: try a smaller --size") from error
     except ValueError as error:  # the pipeline's own check of its inputs
         raise DrawingError(" ".join(str(error).split())) from error
-    return Drawing(picture, maps, told)
+    return Drawing(picture, maps, told, alone)
 
 
 @contextmanager
@@ -169,7 +174,9 @@ def needed(recipe: "Recipe") -> tuple[str, ...]:
 def pictures(drawings: dict[str, Drawing], recipe: "Recipe") -> dict[str, Image.Image]:
     """Every picture that these drawings give, by what it shows; the most telling one last."""
     titles = {"plain": "plain", "controlled": "; ".join(short(text, 200) for text in recipe.controls)}
-    columns = [_column(drawing, titles[kind]) for kind, drawing in drawings.items()]
+    columns = [
+        _column(drawing, "left alone: " * bool(drawing.alone) + titles[kind]) for kind, drawing in drawings.items()
+    ]
     found = {kind: drawing.picture for kind, drawing in drawings.items()}
     if len(columns) > 1:
         found["comparison"] = _beside(columns)
@@ -205,6 +212,12 @@ def _told(run: "Attachment", own: int, by_step: "tuple[Control, ...]") -> Trace:
     for recorder in by_step:
         shown["steps"] = map_sequence(run.run.state(recorder))
     return Trace(report, {name: picture for name, picture in shown.items() if picture is not None})
+
+
+def _left_alone(run: "Attachment", controls: Sequence["Control"]) -> tuple[str, ...]:
+    """The controls that left the picture alone."""
+    found = [(control, getattr(state, "foreseen", None)) for control, state in run.run.states(controls)]
+    return tuple(type(control).__name__ for control, ahead in found if ahead is not None and ahead.alone)
 
 
 def _call_settings(pipe: "DiffusionPipeline", recipe: "Recipe") -> dict[str, Any]:

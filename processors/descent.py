@@ -264,10 +264,11 @@ class Descent:
             maps = read_maps(ahead, ahead.latents, trace.sites, own.tokens, None, False, control.bfloat16)
             seen = torch.full_like(self.peak, torch.nan)
             seen[asked] = least_seen(maps, own).to(seen.dtype)
-            trace.foreseen = Foreseen(self.step.index, seen, control.look_ahead + 1)
-        assert control.seen is not None
-        sound = (trace.foreseen.seen >= control.seen).tolist()
-        return [image for image in trace.images if not sound[image]]
+            assert control.seen is not None
+            sound = (seen >= control.seen).tolist()
+            alone = tuple(image for image in asked if sound[image])
+            trace.foreseen = Foreseen(self.step.index, seen, control.look_ahead + 1, alone)
+        return [image for image in trace.images if image not in trace.foreseen.alone]
 
     def refine(self, target: float, images: list[int]) -> None:
         """Update the images above a loss until they are not. What was read last belongs to the latents as they are."""

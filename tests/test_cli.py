@@ -404,6 +404,28 @@ def test_a_control_without_phrases_says_what_it_lacks(generate, monkeypatch):
     assert code == 2 and "a modifier and its noun" in err[0]
 
 
+def test_a_picture_left_alone_says_so(generate, run, monkeypatch):
+    monkeypatch.setattr(cli, "known_controls", KNOWN)
+    asked = ("--compare", "--trace", "--control", "segregation(cat, dog, look_ahead=1, seen={})")
+    code, out, err = generate(*asked[:-1], asked[-1].format("1e-6"))
+    assert (code, err) == (0, [])
+    assert out[0] == "controlled  left alone by Segregation, which looked ahead and saw every phrase"
+    trace = json.loads(next(Path(line) for line in out if line.endswith("trace.json")).read_text())
+    assert trace["traces"][0]["look_ahead"]["left_alone"] == [0]
+    sheet = Image.open(out[-1])
+    assert run("reproduce", out[-1])[1][-1] == "bit-identical"
+    with monkeypatch.context() as patch:
+        from attnctl import drawing
+
+        patch.setattr(drawing, "_left_alone", lambda *_: ())  # what the sheet says is in its caption
+        _, silent, _ = generate(*asked[:-1], asked[-1].format("1e-6"), "--out", "silent")
+        assert Image.open(silent[-1]).tobytes() != sheet.tobytes()
+    code, out, err = generate(*asked[:-1], asked[-1].format("1"))
+    assert not any("left alone" in line for line in out)
+    trace = json.loads(next(Path(line) for line in out if line.endswith("trace.json")).read_text())
+    assert trace["traces"][0]["look_ahead"]["left_alone"] == []
+
+
 @pytest.mark.parametrize("masks", ["{cat: %s}", "{'cat': '%s'}", "[[cat, %s]]", '(("cat", "%s"),)'])
 def test_a_mask_file_is_named_on_the_command_line(generate, run, somewhere, monkeypatch, masks):
     monkeypatch.setattr(cli, "known_controls", KNOWN)
