@@ -1,7 +1,8 @@
 """Errors that are the caller's to mend. Each message is one line that names what was asked and what exists."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from typing import TypeVar
 
 
 def instead(name: str, known: Iterable[str]) -> str:
@@ -52,3 +53,19 @@ class BusyError(AttnctlError):
 
 class FamilyError(AttnctlError):
     """A family record does not describe the model it was checked against (see `attnctl.verify`)."""
+
+
+E = TypeVar("E", bound=AttnctlError)
+
+
+def of_image(error: E, image: int, prompts: Sequence[str], everywhere: bool = False) -> E:
+    """The same error, saying which picture of a batch it is about, or that it is about each of them."""
+    if len(prompts) == 1:
+        return error
+    none = f"none of the {len(prompts)} prompts has it; " if everywhere else ""
+    return type(error)(f"{none}{name_of(image, prompts[image])}: {error}")
+
+
+def name_of(image: int, prompt: str) -> str:
+    """ "image 1 ('a dog')": how messages speak of one picture of a batch."""
+    return f"image {image} ({short(prompt, 60)!r})"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .control import AttentionCall, Control, Lane, Proceed
-from .errors import ControlError, NoSiteError, PhraseError
+from .errors import ControlError, NoSiteError, PhraseError, of_image
 from .probabilities import call_maps, heard, token_maps
 from .prompts import TextStream, positions, streams, text_rows, words
 from .sites import Selection, Site, select
@@ -241,7 +241,10 @@ class Maps:
         """Text rows of a phrase per image; empty where the image's prompt does not have it."""
         found = _once_each(lambda text: _try(text, phrase), self._texts)
         if not any(found):
-            positions(self._texts[0], phrase)  # raises and says why
+            try:
+                positions(self._texts[0], phrase)  # raises and says why
+            except PhraseError as error:
+                raise of_image(error, 0, [text[0].prompt for text in self._texts], everywhere=True) from None
         return found
 
     def _columns(self, phrase: str) -> Tensor:

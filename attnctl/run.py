@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .control import AttentionCall, Control, Rows
-from .errors import ControlError, PhraseError, short
+from .errors import ControlError, PhraseError, name_of, of_image
 from .families import Family
 from .sites import Site
 
@@ -19,11 +19,6 @@ if TYPE_CHECKING:
     from .wiring import Wiring
 
 Texts = dict[str, list[str]]  # encode_prompt argument -> one text per image
-
-
-def name_of(image: int, prompt: str) -> str:
-    """ "image 1 ('a dog')": how messages speak of one picture of a batch."""
-    return f"image {image} ({short(prompt, 60)!r})"
 
 
 @dataclass(eq=False)
@@ -89,7 +84,10 @@ class Run:
         """
         from .prompts import positions, streams
 
-        return positions(streams(self, image), phrase)
+        try:
+            return positions(streams(self, image), phrase)
+        except PhraseError as error:
+            raise of_image(error, image, self.prompts) from None
 
     def state(self, control: Control) -> Any:
         """What the control's `begin` returned for this run."""

@@ -19,7 +19,7 @@ from attnctl.control import Control, Lane
 from attnctl.errors import ControlError, PhraseError, instead
 from attnctl.look_ahead import look_ahead
 from attnctl.maps import check_window, with_text
-from attnctl.prompts import positions, streams
+from attnctl.prompts import streams
 from attnctl.run import Run, Step
 from attnctl.sites import Selection, Site, discover
 
@@ -204,9 +204,9 @@ class MapDescent(Control):
             if not useful[image]:
                 for name, there in zip(names, found.present[image].tolist(), strict=True):
                     if not there:
-                        positions(texts[image], name)  # raises, and says what the prompt has instead
-                who, prompt = type(self).__name__, run.prompts[image]
-                raise PhraseError(f"{who} finds nothing to act on in {prompt!r} with {', '.join(map(repr, names))}")
+                        run.tokens(name, image)  # raises, and says what the prompt has instead
+                who, prompt = type(self).__name__, run.describe(image) or repr(run.prompts[image])
+                raise PhraseError(f"{who} finds nothing to act on in {prompt} with {', '.join(map(repr, names))}")
         scale, skipped = 2.0**12 * torch.ones(run.images), torch.zeros(run.images, dtype=torch.long)
         return Trace(sites, found, losses, tuple(own), insisted, scale, skipped)
 

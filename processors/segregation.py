@@ -13,7 +13,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from attnctl.errors import ControlError
+from attnctl.errors import ControlError, of_image
 from attnctl.prompts import TextStream
 from attnctl.run import Run
 
@@ -50,12 +50,13 @@ class Apart(OfPairs):
             here = ~shared if pair in self.chosen else ~shared & whole[:, m] & whole[:, n]
             same = shared & (found.members[:, m] == found.members[:, n]).all(-1)
             if same.any():
-                raise _inseparable(pair)
+                raise of_image(_inseparable(pair), int(same.int().argmax()), run.prompts)
             lost[:, number] = self.present[:, number] & shared
             self.present[:, number] &= here
         useful = self.present.any(-1)
         if (stuck := lost & ~useful[:, None]).any():  # not even one pair is left
-            raise _inseparable(self.named[int(stuck.any(0).int().argmax())])
+            image = int(stuck.any(1).int().argmax())
+            raise of_image(_inseparable(self.named[int(stuck[image].int().argmax())]), image, run.prompts)
         return useful
 
     def parts(self, view: View) -> tuple[Tensor, Tensor]:
