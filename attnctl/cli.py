@@ -448,7 +448,7 @@ def judge(
     from .glyph import judge as judges
 
     readings = judges.load().read(pictures)
-    answers = [{"image": str(path), **reading.to_json()} for path, reading in zip(images, readings, strict=True)]
+    answers = [{"image": str(path), **reading.to_dict()} for path, reading in zip(images, readings, strict=True)]
     print(json.dumps(answers, indent=2))
 
 

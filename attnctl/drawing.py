@@ -206,7 +206,7 @@ def _told(run: "Attachment", own: int, by_step: "tuple[Control, ...]") -> Trace:
     """What the first `own` controls of an attachment did; the others are its recorders."""
     from .trace_pictures import loss_curves, map_sequence
 
-    report = run.report.to_json()
+    report = run.report.to_dict()
     report["sites"] = report["sites"][:own]
     shown = {"losses": loss_curves(report["traces"])}
     for recorder in by_step:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .control import AttentionCall, Control, Lane, Proceed
-from .errors import ControlError, NoSiteError, PhraseError, of_image
+from .errors import ControlError, NoSiteError, PhraseError, of_image, short
 from .probabilities import call_maps, heard, token_maps
 from .prompts import TextStream, positions, streams, text_rows, words
 from .sites import Selection, Site, select
@@ -123,6 +123,12 @@ class Maps:
         self._last = max(rows[-1] for rows in found if rows)
         self._sums: dict[tuple[int | None, int | None, Grid], _Sum] = {}
         self._names: dict[str, int] = {}
+
+    def __repr__(self) -> str:
+        what = f"{len(self._names)} sites, words: {short(', '.join(self.words), 120)}"
+        return (
+            f"<Maps of {self.images} image{'s' * (self.images != 1)}, {what if self._sums else 'nothing recorded yet'}>"
+        )
 
     # --- recording ----------------------------------------------------------------------------------------------------
 

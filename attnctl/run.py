@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .control import AttentionCall, Control, Rows
-from .errors import ControlError, PhraseError, name_of, of_image
+from .errors import ControlError, PhraseError, name_of, of_image, short
 from .families import Family
 from .sites import Site
 
@@ -49,6 +49,12 @@ class Run:
     schedule: int = 0  # how many timesteps the scheduler has
     passes: dict[str, float] = field(default_factory=dict)
     _states: dict[int, tuple[Control, Any]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        texts = dict.fromkeys(self.texts.get("prompt", ()))
+        first = next((repr(short(text, 60)) for text in texts), "no words")
+        said = f"{self.images} image{'s' * (self.images != 1)}, {self.calls} of {self.steps or '?'} denoiser calls"
+        return f"<Run of {type(self.pipe).__name__}, {said}, {first}{' ...' * (len(texts) > 1)}>"
 
     @property
     def prompts(self) -> list[str]:

@@ -19,7 +19,7 @@ def loss_curves(traces: Sequence[Mapping[str, Any]], image: int = 0) -> Image.Im
     """The losses of one picture before each step, less the least they can be; a line per term and pair or phrase.
 
     Args:
-        traces: `report.to_json()["traces"]`.
+        traces: `report.to_dict()["traces"]`.
         image: of the batch, from 0.
 
     Returns:

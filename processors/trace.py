@@ -105,7 +105,7 @@ class Trace:
         """What the loop works with, onto a device."""
         self.wanted, self.scale, self.skipped = (x.to(device) for x in (self.wanted, self.scale, self.skipped))  # type: ignore[assignment]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain data: for each step its evaluations and updates. Values per image; None is a value that is not there.
 
         `forwards` counts extra forwards with gradients, `image_forwards` the images in them; a look ahead, whose

@@ -243,7 +243,7 @@ class Reading:
     def __str__(self):
         return "a cat" if self.things else "nothing"
 
-    def to_json(self):
+    def to_dict(self):
         return {"things": self.things}
 
 

@@ -118,7 +118,7 @@ def test_what_is_sound_is_left_alone_bit_for_bit_and_the_rest_gets_all_updates(f
     with attach(pipe, control) as attachment:
         untouched = tiny.draw(pipe, texts, steps=3)
     assert torch.equal(untouched, plain)
-    told = attachment.report.to_json()["traces"][0]
+    told = attachment.report.to_dict()["traces"][0]
     assert told["forwards"] == 0 and told["look_ahead"]["step"] == 0 and len(told["look_ahead"]["seen"]) == 2
     assert told["look_ahead"]["left_alone"] == [0, 1]
     assert "no update, for all phrases are seen ahead" in str(attachment.report)

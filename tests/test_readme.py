@@ -54,5 +54,5 @@ def test_the_pipeline_of_a_star():
     exec(block("AStarPipeline"), scope)
     output = scope["output"]
     assert output.subjects == ("red car", "cat")
-    (told,) = output.report.to_json()["traces"]
+    (told,) = output.report.to_dict()["traces"]
     assert len(told["look_ahead"]["seen"]) == 1
