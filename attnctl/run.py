@@ -48,6 +48,7 @@ class Run:
     start: int = 0  # position of the first step in the scheduler's timesteps
     schedule: int = 0  # how many timesteps the scheduler has
     passes: dict[str, float] = field(default_factory=dict)
+    streams: dict[Any, Any] = field(default_factory=dict)  # what `prompts.streams` has made, by text
     _states: dict[int, tuple[Control, Any]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
