@@ -134,6 +134,7 @@ def generate(
             weights=recipe.weights_hash(pipe),
             prompt=prompt,
             negative=negative,
+            sampler=recipe.sampler_of(pipe),
             seed=seed,
             steps=steps or usual.get("steps") or drawing.default_setting(pipe, "num_inference_steps"),
             width=shape[0] if shape else None,
@@ -400,6 +401,7 @@ def reproduce(
     with bars() as bar:
         pipe = _open(model or known.model, device or known.device, known.dtype, bar, known.threads)
         used = {"model": model or known.model, "weights": recipe.weights_hash(pipe), **_surroundings(pipe)}
+        used["sampler"] = recipe.sampler_of(pipe)
         changes = known.differences(recipe.installed_versions(), used["weights"])
         drawings = {
             kind: drawing.draw(pipe, known, controls if kind == "controlled" else [], kind, bar)

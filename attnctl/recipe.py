@@ -6,6 +6,7 @@ The recipe also holds the hash of the picture's pixels, so "bit-identical" is a 
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -53,6 +54,7 @@ class Recipe:
     dtype: str
     threads: int
     versions: dict[str, str]
+    sampler: str | None = None  # as other tools call it, see `sampler_of`
     shows: str = "controlled"  # plain | controlled | maps | comparison
     pixels: str | None = None  # pixel_hash of the picture that carries this recipe
 
@@ -68,6 +70,7 @@ class Recipe:
         """
         try:
             content = json.loads(text)
+            content = {"sampler": None} | content  # older recipes do not tell it
             recipe = cls(**{field.name: content[field.name] for field in fields(cls)})
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise RecipeError(f"the recipe cannot be read: {type(error).__name__} {error}") from None
@@ -113,7 +116,7 @@ def _number(value: Any) -> bool:
 _Fits = Callable[[Any], bool]
 _HOLDS: dict[str, tuple[_Fits, str]] = {
     **dict.fromkeys(("model", "weights", "prompt", "device", "dtype"), (_text, "text")),
-    **dict.fromkeys(("negative", "pixels"), (lambda value: value is None or _text(value), "text or null")),
+    **dict.fromkeys(("negative", "sampler", "pixels"), (lambda value: value is None or _text(value), "text or null")),
     **dict.fromkeys(("controls", "maps"), (_texts, "a list of texts")),
     **dict.fromkeys(
         ("width", "height"),
@@ -127,6 +130,52 @@ _HOLDS: dict[str, tuple[_Fits, str]] = {
     "shows": (lambda value: value in ("plain", "controlled", "maps", "comparison"), "a kind of picture"),
 }
 """What each field of a recipe holds, and how that is called."""
+
+
+_SAMPLERS = {
+    "DDIM": "DDIM",
+    "PNDM": "PLMS",
+    "EulerDiscrete": "Euler",
+    "EulerAncestralDiscrete": "Euler a",
+    "FlowMatchEulerDiscrete": "Euler",
+    "HeunDiscrete": "Heun",
+    "FlowMatchHeunDiscrete": "Heun",
+    "LMSDiscrete": "LMS",
+    "KDPM2Discrete": "DPM2",
+    "KDPM2AncestralDiscrete": "DPM2 a",
+    "DPMSolverMultistep": "DPM++ 2M",
+    "DPMSolverSDE": "DPM++ SDE",
+    "UniPCMultistep": "UniPC",
+    "LCM": "LCM",
+}
+
+
+def sampler_of(pipe: "DiffusionPipeline") -> str | None:
+    """The pipeline's scheduler, by the name that other tools know it by."""
+    name = type(getattr(pipe, "scheduler", None)).__name__.removesuffix("Scheduler")
+    return None if name == "NoneType" else _SAMPLERS.get(name, name)
+
+
+def parameters(picture: Image.Image, recipe: Recipe) -> str:
+    """The recipe as the AUTOMATIC1111 web UI writes it, which many tools read: prompts, and a line of settings."""
+    size = (recipe.width, recipe.height) if recipe.width and recipe.height else None
+    if size is None and recipe.shows in ("plain", "controlled"):
+        size = picture.size
+    settings = {
+        "Steps": recipe.steps,
+        "Sampler": recipe.sampler,
+        "CFG scale": None if recipe.guidance is None else f"{recipe.guidance:g}",
+        "Seed": recipe.seed,
+        "Size": None if size is None else f"{size[0]}x{size[1]}",
+        "Model": Path(recipe.model).name,
+    }
+    lines = [recipe.prompt, *([f"Negative prompt: {recipe.negative}"] if recipe.negative else [])]
+    line = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in settings.items() if value is not None)
+    return "\n".join([*lines, line])
+
+
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if re.search("[,:\n]", value) else value
 
 
 def installed_versions() -> dict[str, str]:
@@ -160,6 +209,7 @@ def modules_hash(modules: Mapping[str, "Module"]) -> str:
 def save(picture: Image.Image, path: Path, recipe: Recipe) -> None:
     """Write the PNG with its recipe; `path` appears whole or not at all."""
     info = PngInfo()
+    info.add_text("parameters", parameters(picture, recipe))
     info.add_itxt(CHUNK, replace(recipe, pixels=pixel_hash(picture)).to_json())
     made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     temporary = path.parent / f".{secrets.token_hex(8)}.part"

@@ -91,6 +91,8 @@ def test_plain_picture_says_where_it_is_and_holds_its_recipe(generate, somewhere
     assert picture.size == (24, 16)
     assert (known.prompt, known.seed, known.steps, known.width, known.height) == (WORDS, 3, 2, 24, 16)
     assert (known.model, known.controls, known.shows) == (str(tiny), (), "plain")
+    told = f"{WORDS}\nSteps: 2, Sampler: DDIM, CFG scale: 7.5, Seed: 3, Size: 24x16, Model: tiny"
+    assert picture.info["parameters"] == told
     assert known.guidance == 7.5 and known.device == "cpu" and known.versions["attnctl"] == attnctl.__version__
 
 
