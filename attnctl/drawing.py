@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from .errors import AttnctlError, PhraseError, UnsupportedPipelineError, short
 from .prompts import positions, streams, words
+from .sheets import Cell, grid
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 _PLAIN_WORDS = frozenset("a an the and or with in on at of to by from is are its his her their".split())
 
-_CELL, _GAP, _LINE = 384, 16, 24  # pixels of the sheet
+_CELL, _GAP, _POINTS = 384, 16, 16  # of the sheet: width of a picture, room between them, size of captions
 
 
 class DrawingError(AttnctlError):
@@ -177,11 +178,12 @@ def pictures(drawings: dict[str, Drawing], recipe: "Recipe") -> dict[str, Image.
     columns = [
         _column(drawing, "left alone: " * bool(drawing.alone) + titles[kind]) for kind, drawing in drawings.items()
     ]
+    sheet = grid([[("", column) for column in columns]], _POINTS, _GAP)
     found = {kind: drawing.picture for kind, drawing in drawings.items()}
     if len(columns) > 1:
-        found["comparison"] = _beside(columns)
+        found["comparison"] = sheet
     elif recipe.maps:
-        found["maps"] = _beside(columns)
+        found["maps"] = sheet
     return found
 
 
@@ -294,43 +296,18 @@ def _steps_shown(pipe: "DiffusionPipeline", bar: "Progress | None", label: str) 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _beside(columns: list[Image.Image]) -> Image.Image:
-    width = sum(column.width for column in columns) + _GAP * (len(columns) + 1)
-    sheet = Image.new("RGB", (width, max(column.height for column in columns) + 2 * _GAP), "white")
-    left = _GAP
-    for column in columns:
-        sheet.paste(column, (left, _GAP))
-        left += column.width + _GAP
-    return sheet
-
-
 def _column(drawing: Drawing, title: str) -> Image.Image:
     """Title, picture, and the maps in rows of up to three under it."""
-    main = _fitted(drawing.picture, _CELL)
     per_row = min(3, max(1, len(drawing.maps)))
     small = (_CELL - _GAP * (per_row - 1)) // per_row
-    cells = [(word, _fitted(picture, small)) for word, picture in drawing.maps.items()]
-    row = max((cell.height for _, cell in cells), default=0) + _LINE
-    rows = -(-len(cells) // per_row)
-    column = Image.new("RGB", (_CELL, _LINE + main.height + rows * (row + _GAP)), "white")
-    pen = ImageDraw.Draw(column)
-    _write(pen, (0, 0), title, _CELL)
-    column.paste(main, (0, _LINE))
-    for index, (word, cell) in enumerate(cells):
-        left = index % per_row * (small + _GAP)
-        top = _LINE + main.height + _GAP + index // per_row * (row + _GAP)
-        _write(pen, (left, top), word, small)
-        column.paste(cell, (left, top + _LINE))
-    return column
+    cells: list[Cell] = [(word, _fitted(picture, small)) for word, picture in drawing.maps.items()]
+    rows: list[list[Cell]] = [[(title, _fitted(drawing.picture, _CELL))]]
+    if cells:
+        below = [cells[start : start + per_row] for start in range(0, len(cells), per_row)]
+        rows.append([("", grid(below, _POINTS, _GAP, border=False))])
+    return grid(rows, _POINTS, _GAP, border=False)
 
 
 def _fitted(picture: Image.Image, width: int) -> Image.Image:
     height = max(1, round(picture.height * width / picture.width))
     return picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-
-
-def _write(pen: ImageDraw.ImageDraw, at: tuple[int, int], text: str, width: int) -> None:
-    font = ImageFont.load_default(16)
-    while len(text) > 1 and pen.textlength(text, font=font) > width:
-        text = text[:-2] + "…"
-    pen.text(at, text, fill="black", font=font)

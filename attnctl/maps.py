@@ -233,15 +233,16 @@ class Maps:
             pictures: what the pipeline drew, in order.
             phrases: which, in order; None for all of `words`, in each row those of its own prompt.
         """
-        from .heatmaps import sheet, stack
+        from .heatmaps import cells
+        from .sheets import grid
 
         pictures = list(pictures) if isinstance(pictures, Sequence) else [pictures]
         maps = {phrase: self.get(phrase) for phrase in (self.words if phrases is None else phrases)}
         rows = [
-            sheet(picture, {word: found[i] for word, found in maps.items() if found[i].any()}, self._texts[i][0].prompt)
+            cells(picture, {word: found[i] for word, found in maps.items() if found[i].any()}, self._texts[i][0].prompt)
             for i, picture in enumerate(pictures)
         ]
-        return stack(rows)
+        return grid(rows, points=max(14, min(rows[0][0][1].height // 12, 28)))  # type: ignore[union-attr]
 
     def _find(self, phrase: str) -> list[list[int]]:
         """Text rows of a phrase per image; empty where the image's prompt does not have it."""
