@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ class Report:
         foreign: sites where somebody has set another processor since and no pipeline call has followed.
         passes: forwards of the denoiser for one picture of the latest pipeline call, by name; see `Run.passes`.
         traces: of the latest pipeline call, (name of the control, what it has to tell), for controls that keep a trace:
-            anything with `to_json` as their `run.state`.
+            anything with `to_dict` as their `run.state`.
     """
 
     family: str
@@ -33,7 +34,11 @@ class Report:
     passes: dict[str, float] = field(default_factory=dict)
     traces: tuple[tuple[str, Any], ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
+    def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return {
             "family": self.family,
@@ -41,7 +46,7 @@ class Report:
             "passes": self.passes,
             "sites": [{"control": name, "sites": list(sites)} for name, sites in self.sites],
             "foreign": list(self.foreign),
-            "traces": [{"control": name} | trace.to_json() for name, trace in self.traces],
+            "traces": [{"control": name} | trace.to_dict() for name, trace in self.traces],
         }
 
     def __str__(self) -> str:
@@ -81,6 +86,12 @@ class Attachment:
         wiring, self._wiring = self._wiring, None
         if wiring is not None:
             wiring.remove(self)
+
+    def __repr__(self) -> str:
+        names = ", ".join(type(control).__name__ for control in self.controls) or "no control"
+        calls = "nothing drawn yet" if self.latest is None else f"{self.latest.calls} denoiser calls"
+        released = ", released," if self._wiring is None else ""
+        return f"<Attachment{released} of {names} on {type(self.pipe).__name__}, {calls}>"
 
     def __enter__(self) -> Attachment:
         return self
@@ -127,7 +138,7 @@ class Attachment:
             calls=self.latest.calls if self.latest else 0,
             passes=dict(self.latest.passes) if self.latest else {},
             foreign=tuple(name for name, seat in seats.items() if not seat.in_place()),
-            traces=tuple((type(control).__name__, state) for control, state in states if hasattr(state, "to_json")),
+            traces=tuple((type(control).__name__, state) for control, state in states if hasattr(state, "to_dict")),
         )
 
 

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import __version__
-from .command import UsageError, check_writable, run
+from .command import UsageError, check_writable, plain, run, tell
+from .errors import short
+from .limits import LARGEST, STEPS, THREADS
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -76,6 +78,15 @@ def generate(
         str | None,
         typer.Option(help="Short for --control 'segregation(...)': phrases to keep apart, with commas; or auto."),
     ] = None,
+    region: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--region",
+            "-r",
+            help="Where a phrase goes: 'cat: 0,0,0.5,1' (left, top, right, bottom; shares of the picture or pixels) or "
+            "'cat: mask.png'; may be given several times. More settings: attnctl controls regions.",
+        ),
+    ] = None,
     negative: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
     count: Annotated[int, typer.Option("--count", "-n", help="How many pictures.")] = 1,
@@ -93,31 +104,42 @@ def generate(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures; made if need be.")] = Path("out"),
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "float32",
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Threads of the processor; default: 1 for an embedded model, else torch's own number."),
+    ] = None,
 ) -> None:
     """Draw pictures, with controls, word maps and a comparison if you like.
 
     - attnctl generate 'a cat and a dog' --compare --maps
     - attnctl generate 'a cat and a red car' --control 'segregation(cat, red car)' --seed 7 --count 4
     - attnctl generate 'a cat and a dog' --control 'astar(cat, dog)' --trace
+    - attnctl generate 'a red car and a cat' --region 'cat: 0,0,0.5,1' --region 'red car: 0.5,0,1,1' --compare
     - attnctl generate 'a lion with a crown' --model ./my-model --size 768x512 --control 'segregation(lion, crown)'
 
-    A control is written like a call whose strings need no quotes: phrases of the prompt first, then settings. A wrong
-    name or setting is answered with the list of those there are. Every PNG holds its whole recipe: `attnctl reproduce`
-    draws it again, bit for bit on the same machine.
+    A control is written like a call whose strings need no quotes: phrases of the prompt first, then settings.
+    Segregation, astar, excitation and retention without a phrase take the things that the prompt names. Every PNG holds
+    its whole recipe: `attnctl reproduce` draws it again, bit for bit on the same machine.
     """
-    shape = _checked(prompt, seed, count, steps, guidance, size)
-    texts = _control_texts(prompt, model, control or [], subjects, compare)
+    shape = _checked(prompt, seed, count, steps, guidance, size, threads)
+    texts = _control_texts(prompt, model, control or [], subjects, compare and not region)
+    if region:
+        from .region_text import region_control
+
+        texts = [region_control(region), *texts]
     if trace and not texts:
         raise UsageError("--trace tells what a control does: give --control as well")
     check_writable(out)
+    texts = [_without_files(text) for text in texts]
     controls = [_control(text) for text in texts]
-    texts = [_with_heads(text, control) for text, control in zip(texts, controls, strict=True)]
 
     from . import drawing, loading, recipe
     from .bars import bars, paused
 
+    if threads is None and model in loading.embedded():
+        threads = 1  # so small a model gains little by more, and beside a busy process they wait for one another
     with bars() as bar:
-        pipe = _open(model, device, dtype, bar)
+        pipe = _open(model, device, dtype, bar, threads)
         if shape is not None:
             drawing.check_size(pipe, *shape)
         usual = loading.USUAL.get(model, {})
@@ -126,6 +148,7 @@ def generate(
             weights=recipe.weights_hash(pipe),
             prompt=prompt,
             negative=negative,
+            sampler=recipe.sampler_of(pipe),
             seed=seed,
             steps=steps or usual.get("steps") or drawing.default_setting(pipe, "num_inference_steps"),
             width=shape[0] if shape else None,
@@ -139,7 +162,7 @@ def generate(
             **_surroundings(pipe),
         )
         if negative and first.guidance is not None and first.guidance <= 1:
-            print(f"attnctl: --negative does nothing without guidance, which is {first.guidance:g}", file=sys.stderr)
+            tell(f"--negative does nothing without guidance, which is {first.guidance:g}")
         for number in range(count):
             one = replace(first, seed=seed + number)
             kinds = ["plain"] * (compare or not controls) + ["controlled"] * bool(controls)
@@ -150,22 +173,30 @@ def generate(
                 for kind in kinds
             }
             paths = _save(drawings, one, out)
-            seen = _judged(model, drawings)
+            seen = [*_left_alone(drawings), *_judged(model, drawings)]
             with paused(bar):
-                print(*seen, *paths, sep="\n", flush=True)
+                print(*seen, *map(plain, paths), sep="\n", flush=True)
 
 
 def _checked(
-    prompt: str, seed: int, count: int, steps: int | None, guidance: float | None, size: str | None
+    prompt: str,
+    seed: int,
+    count: int,
+    steps: int | None,
+    guidance: float | None,
+    size: str | None,
+    threads: int | None,
 ) -> tuple[int, int] | None:
     """The size as numbers, once every plain setting makes sense."""
     if not prompt.strip():
         raise UsageError("the prompt is empty")
     if not 0 <= seed < 2**63 - count:
         raise UsageError(f"--seed {seed}: a seed is a whole number from 0 to 2^63 - 1, also of the last picture")
-    for name, value in (("--count", count), ("--steps", steps)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} {value}: at least 1")
+    if count < 1:
+        raise UsageError(f"--count {count}: at least 1")
+    for name, value, most in (("--steps", steps, STEPS), ("--threads", threads, THREADS)):
+        if value is not None and not 1 <= value <= most:
+            raise UsageError(f"{name} {value}: from 1 to {most}")
     if guidance is not None and not 0 <= guidance < float("inf"):
         raise UsageError(f"--guidance {guidance}: a number from 0 up")
     return _size(size)
@@ -174,9 +205,11 @@ def _checked(
 def _size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
-    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text.lower())
+    match = re.fullmatch(r"(\d+)x(\d+)", text.lower())
     if match is None:
-        raise UsageError(f"--size {text}: write it as WIDTHxHEIGHT, such as 512x768")
+        raise UsageError(f"--size {short(text)}: write it as WIDTHxHEIGHT, such as 512x768")
+    if any(len(side.lstrip("0")) > 5 or int(side) > LARGEST for side in match.groups()):
+        raise UsageError(f"--size {short(text)}: a side has at most {LARGEST} pixels")
     return int(match[1]), int(match[2])
 
 
@@ -189,31 +222,54 @@ def _control_texts(prompt: str, model: str, texts: list[str], subjects: str | No
         if texts:
             raise UsageError("--subjects is short for one --control; give one of the two")
         if subjects.strip().lower() == "auto":
-            return [_read_control(prompt)]
+            return [_filled("segregation", "", _read_things(prompt), "--subjects auto")]
         phrases = [phrase.strip() for phrase in subjects.split(",")]
         if len(phrases) < 2 or not all(phrases):
             raise UsageError(f"--subjects {subjects!r}: at least two phrases of the prompt, with commas between them")
         return [write_control("segregation", *phrases)]
     if texts or not compare:
-        return texts
+        return [_with_phrases(text, prompt, model) for text in texts]
     things = _glyph_things(prompt) if model in embedded() else []
     if len(things) < 2:
         raise UsageError("--compare has nothing to compare with: give --control, or --subjects 'PHRASE, PHRASE'")
     chosen = write_control("segregation", *things)
-    print(f"attnctl: no control was given, so {chosen} is compared with none", file=sys.stderr)
+    tell(f"no control was given, so {chosen} is compared with none")
     return [chosen]
 
 
-def _read_control(prompt: str) -> str:
-    """Segregation of the things that the prompt names, which are told on stderr."""
-    from .control_text import write_control
+READ = {"segregation": 2, "astar": 2, "excitation": 1, "retention": 1}
+"""The controls that read their phrases from the prompt where none is named, and how many they need."""
+
+
+def _with_phrases(text: str, prompt: str, model: str) -> str:
+    """A control's text; if it names no phrase, with the things that the prompt names, which are told on stderr."""
+    from .control_text import named, phraseless
+    from .loading import embedded
+
+    bare = phraseless(text)
+    kind = named(bare[0], known_controls()).__name__.lower() if bare else ""
+    if bare is None or kind not in READ:
+        return text
+    things = _glyph_things(prompt) if model in embedded() else []
+    if len(things) < READ[kind]:
+        things = _read_things(prompt)
+    return _filled(*bare, things, f"--control {bare[0]}", READ[kind])
+
+
+def _read_things(prompt: str) -> list[str]:
+    """The things that any prompt names, with their adjectives."""
     from .subjects import read_subjects
 
-    subjects = read_subjects(prompt)
-    if len(subjects) < 2:
-        raise UsageError(f"--subjects auto: the prompt names one thing, {subjects[0].whole!r}; two are kept apart")
-    chosen = write_control("segregation", *(subject.whole for subject in subjects))
-    print(f"attnctl: the prompt names {', '.join(map(str, subjects))}: {chosen}", file=sys.stderr)
+    return [subject.whole for subject in read_subjects(prompt)]
+
+
+def _filled(name: str, settings: str, things: list[str], asked: str, least: int = 2) -> str:
+    from .control_text import write_control
+
+    if len(things) < least:
+        raise UsageError(f"{asked}: the prompt names one thing, {things[0]!r}; two are kept apart")
+    chosen = write_control(name, *things, settings=settings)
+    tell(f"the prompt names {', '.join(things)}: {chosen}")
     return chosen
 
 
@@ -231,9 +287,9 @@ def _mapped_words(pipe: "DiffusionPipeline", prompt: str) -> tuple[str, ...]:
 
     shown, left_out = shown_words(pipe, prompt)
     if left_out:
-        print(f"attnctl: --maps leaves out what the tokenizer does not keep: {', '.join(left_out)}", file=sys.stderr)
+        tell(f"--maps leaves out what the tokenizer does not keep: {', '.join(left_out)}")
     if not shown:
-        print("attnctl: --maps has no word of the prompt to show", file=sys.stderr)
+        tell("--maps has no word of the prompt to show")
     return shown
 
 
@@ -253,22 +309,34 @@ def _control(text: str) -> "Control":
     return parse_control(text, known_controls())
 
 
-def _with_heads(text: str, control: "Control") -> str:
-    """The control's text for the recipe: heads that stand in a file are written out, since files change."""
+def _without_files(text: str) -> str:
+    """The control's text for the recipe: heads and masks that stand in files are written out, since files change."""
     from .heads import files_of, read_heads
 
+    control = _control(text)
     for file in files_of(getattr(control, "heads", ())):
         heads = read_heads(Path(file).expanduser())
         text = text.replace(file, " ".join(map(str, heads)) if isinstance(heads, tuple) else str(heads))
+    for _, region in getattr(control, "masks", ()):
+        if region.file is not None:
+            from .regions import written
+
+            place = rf"""([:,]\s*)(["']?){re.escape(region.file)}\2(?=\s*[])}},])"""
+            text = re.sub(place, rf"\1'{written(region.file)}'", text)
     return text
 
 
-def _open(model: str, device: str | None, dtype: str, bar: "Progress") -> "DiffusionPipeline":
-    task = bar.add_task(f"loading {model}", total=None)
+def _open(
+    model: str, device: str | None, dtype: str, bar: "Progress", threads: int | None = None
+) -> "DiffusionPipeline":
+    """The pipeline; from then on torch works with so many threads, or, if None, with its own number."""
+    task = bar.add_task(f"loading {plain(model)}", total=None)
     import torch
 
     from .loading import load
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     torch.backends.cudnn.deterministic = True  # a seed means one picture
     pipe = load(model, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype=dtype)
     bar.remove_task(task)
@@ -344,12 +412,10 @@ def reproduce(
     if out is not None:
         check_writable(out)
     controls = [_control(text) for text in known.controls]
-    import torch
-
-    torch.set_num_threads(known.threads)
     with bars() as bar:
-        pipe = _open(model or known.model, device or known.device, known.dtype, bar)
+        pipe = _open(model or known.model, device or known.device, known.dtype, bar, known.threads)
         used = {"model": model or known.model, "weights": recipe.weights_hash(pipe), **_surroundings(pipe)}
+        used["sampler"] = recipe.sampler_of(pipe)
         changes = known.differences(recipe.installed_versions(), used["weights"])
         drawings = {
             kind: drawing.draw(pipe, known, controls if kind == "controlled" else [], kind, bar)
@@ -357,11 +423,11 @@ def reproduce(
         }
     again = drawing.pictures(drawings, known)[known.shows]
     for line in changes:
-        print(f"attnctl: {line}", file=sys.stderr)
+        tell(line)
     if out is not None:
         path = _unused(out / image.name)
         recipe.save(again, path, replace(known, **used))
-        print(path)
+        print(plain(path))
     if recipe.pixel_hash(again) == known.pixels:
         print("bit-identical")
         return
@@ -398,8 +464,17 @@ def judge(
     from .glyph import judge as judges
 
     readings = judges.load().read(pictures)
-    answers = [{"image": str(path), **reading.to_json()} for path, reading in zip(images, readings, strict=True)]
+    answers = [{"image": str(path), **reading.to_dict()} for path, reading in zip(images, readings, strict=True)]
     print(json.dumps(answers, indent=2))
+
+
+def _left_alone(drawings: "dict[str, Drawing]") -> list[str]:
+    """Which pictures a control left as they were, one line each."""
+    return [
+        f"{kind:<10}  left alone by {', '.join(drawn.alone)}, which looked ahead and saw every phrase"
+        for kind, drawn in drawings.items()
+        if drawn.alone
+    ]
 
 
 def _judged(model: str, drawings: "dict[str, Drawing]") -> list[str]:

@@ -36,11 +36,15 @@ def run(app: typer.Typer, name: str, words: list[str] | None = None) -> NoReturn
     warnings.showwarning = show
     try:
         code = app(words, standalone_mode=False)
+        if code == 130:  # what typer makes of Ctrl-C
+            interrupted(name)
     except (AttnctlError, OSError) as error:
-        code = _complain(name, " ".join(str(error).split()))
-    except typer.Abort:
-        code = 130
+        code = _complain(name, str(error))
+    except (typer.Abort, KeyboardInterrupt):
+        code = interrupted(name)
     except Exception as error:
+        if _was_interrupted(error):
+            sys.exit(interrupted(name))
         if not hasattr(error, "format_message"):
             raise  # a bug: its traceback is wanted
         said = error.format_message()  # nothing where the help has been shown instead
@@ -54,9 +58,31 @@ def _command(name: str, error: Exception) -> str:
     return " ".join([name, *([context.info_name] if context is not None and context.parent else [])])
 
 
-def _complain(name: str, line: str) -> int:
-    print(f"{name}: {line}", file=sys.stderr)
+def _complain(name: str, text: str) -> int:
+    tell(text, name)
     return 2
+
+
+def interrupted(name: str) -> int:
+    """Say that the user stopped it; the exit code of that."""
+    tell("interrupted", name)
+    return 130
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Ctrl-C is behind it: some libraries, while they are imported, make another error of that."""
+    return error is not None and (isinstance(error, KeyboardInterrupt) or _was_interrupted(error.__context__))
+
+
+def tell(text: str, name: str = "attnctl") -> None:
+    """One line on stderr."""
+    print(f"{name}: {plain(text)}", file=sys.stderr)
+
+
+def plain(text: object) -> str:
+    """Text as one line that a terminal only shows: what would command it, as escape codes do, is written out."""
+    line = " ".join(str(text).split())
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
 
 
 def check_writable(folder: Path, option: str = "--out") -> None:

@@ -1,8 +1,8 @@
 """Controls as text: `segregation(cat, red car, strength=0.5)` is `Segregation("cat", "red car", strength=0.5)`.
 
 One syntax, that of a call whose strings need no quotes: phrases first, settings as name=value. Quotes are for a phrase
-that holds a comma, a bracket or an equals sign; lists (of values, or of phrases) stand in square brackets. Names of
-controls ignore case and "_".
+that holds a comma, a bracket or an equals sign; lists (of values, or of phrases) stand in square or round brackets, and
+values by phrase in braces, as {cat: 1, dog: 2}. Names of controls ignore case and "_".
 """
 
 import ast
@@ -15,10 +15,11 @@ import types
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .errors import AttnctlError
+from .errors import AttnctlError, instead, short
 
 _CALL = re.compile(r"\s*(?P<name>[A-Za-z_][\w-]*)\s*(?:\((?P<body>.*)\))?\s*", re.DOTALL)
 _SETTING = re.compile(r"\s*(?P<name>[A-Za-z_]\w*)\s*=(?P<value>.*)", re.DOTALL)
+_PAIR = re.compile(r"""(?P<key>'[^']*'|"[^"]*"|[^:]+?)\s*:\s*(?P<value>.*\S)""", re.DOTALL)
 _OPEN, _CLOSE = "([{", ")]}"
 _DEEPEST = 16  # brackets in brackets
 
@@ -31,14 +32,15 @@ def parse_control(text: str, available: Mapping[str, type]) -> Any:
     """The control that `text` names, with its settings; `available` is class name -> class."""
     match = _CALL.fullmatch(text)
     if not match:
-        raise ControlTextError(f"cannot read the control {text!r}: write it as name(phrase, phrase, setting=value)")
+        raise ControlTextError(
+            f"cannot read the control {short(text)!r}: write it as name(phrase, phrase, setting=value)"
+        )
     cls = named(match["name"], available)
     values, settings = _arguments(match["body"] or "", text)
     try:
         return _build(cls, values, settings)
     except (TypeError, ValueError) as error:
-        said = str(error) if isinstance(error, AttnctlError) else f"{error}; it is written {describe(cls)}"
-        raise ControlTextError(f"control {text!r}: {said}") from None
+        raise ControlTextError(f"control {short(text)!r}: {short(str(error), 200)}") from None
 
 
 def named(name: str, available: Mapping[str, type]) -> type:
@@ -49,8 +51,7 @@ def named(name: str, available: Mapping[str, type]) -> type:
     """
     cls = {_plain(one): cls for one, cls in available.items()}.get(_plain(name))
     if cls is None:
-        known = "; ".join(describe(available[one]) for one in sorted(available))
-        raise ControlTextError(f"unknown control {name!r}; there are: {known or 'none'}")
+        raise ControlTextError(f"unknown control {short(name)!r}; {instead(name, sorted(map(_snake, available)))}")
     return cls
 
 
@@ -70,10 +71,21 @@ def describe(cls: type) -> str:
     return f"{_snake(cls.__name__)}({', '.join(words)})"
 
 
-def write_control(name: str, *phrases: str) -> str:
-    """The text of a control of these phrases."""
+def write_control(name: str, *phrases: str, settings: str = "") -> str:
+    """The text of a control of these phrases; the settings stand behind them as they are written."""
     quoted = (repr(phrase) if re.search(r"[,()\[\]{}='\"]", phrase) else phrase for phrase in phrases)
-    return f"{name}({', '.join(quoted)})"
+    return f"{name}({', '.join((*quoted, *filter(None, [settings])))})"
+
+
+def phraseless(text: str) -> tuple[str, str] | None:
+    """(name, settings) of a control whose text has neither phrases nor masks; None for any other."""
+    match = _CALL.fullmatch(text)
+    body = (match["body"] or "").strip() if match else ""
+    if match is None or any(
+        not (one := _SETTING.fullmatch(part)) or one["name"] == "masks" for part in _split(body, text)
+    ):
+        return None
+    return match["name"], body
 
 
 def _plain(name: str) -> str:
@@ -91,13 +103,13 @@ def _show(value: Any) -> str:
 # --- text -> values ---------------------------------------------------------------------------------------------------
 
 
-def _split(body: str, text: str) -> list[str]:
-    """The parts between the commas that stand outside quotes and brackets."""
+def _split(body: str, text: str, pairs: bool = False) -> list[str]:
+    """The parts between the commas that stand outside quotes and brackets; of `pairs`, a value begins at a colon."""
     parts, depth, quote, start = [], 0, "", 0
     for position, char in enumerate(body):
         if quote:
             quote = "" if char == quote else quote
-        elif char in "'\"" and body[start:position].rstrip()[-1:] in ("", "=", ",", *_OPEN):
+        elif char in "'\"" and body[start:position].rstrip()[-1:] in ("", "=", ",", *_OPEN, *":"[: pairs or depth > 0]):
             quote = char  # only where a value begins: "the cat's hat" is a phrase
         elif char in _OPEN:
             depth += 1
@@ -111,8 +123,11 @@ def _split(body: str, text: str) -> list[str]:
             parts.append(body[start:position])
             start = position + 1
     if quote or depth:
-        raise ControlTextError(f"cannot read the control {text!r}: a quote or bracket is not closed, or closed twice")
-    return [part.strip() for part in [*parts, body[start:]]] if body.strip() else []
+        raise ControlTextError(
+            f"cannot read the control {short(text)!r}: a quote or bracket is not closed, or closed twice"
+        )
+    last = [body[start:]] if body[start:].strip() else []  # Python, too, allows a comma behind the last
+    return [part.strip() for part in [*parts, *last]]
 
 
 def _arguments(body: str, text: str) -> tuple[list[str], dict[str, Any]]:
@@ -122,17 +137,18 @@ def _arguments(body: str, text: str) -> tuple[list[str], dict[str, Any]]:
     for part in _split(body, text):
         setting = _SETTING.fullmatch(part)
         if not part or (setting and not setting["value"].strip()):
-            raise ControlTextError(f"cannot read the control {text!r}: a value is empty")
+            raise ControlTextError(f"cannot read the control {short(text)!r}: a value is empty")
         if setting is None:
             if settings:
                 last = next(reversed(settings))
                 raise ControlTextError(
-                    f"cannot read the control {text!r}: {part!r} stands after a setting; phrases come before settings, "
-                    f"and a value with a comma is quoted or in brackets, such as {last}='a, b'"
+                    f"cannot read the control {short(text)!r}: {short(part, 40)!r} stands after a setting; "
+                    "phrases come before settings, and a value with a comma is quoted or in brackets, "
+                    f"such as {last}='a, b'"
                 )
             values.append(part)
         elif setting["name"] in settings:
-            raise ControlTextError(f"cannot read the control {text!r}: {setting['name']} is set twice")
+            raise ControlTextError(f"cannot read the control {short(text)!r}: {setting['name']} is set twice")
         else:
             settings[setting["name"]] = _value(setting["value"].strip())
     return values, settings
@@ -154,13 +170,25 @@ def _listed(word: str) -> list[str] | None:
         return None
     parts = _split(word[1:-1], word)
     if not all(parts):
-        raise ControlTextError(f"cannot read {word!r}: a value is empty")
+        raise ControlTextError(f"cannot read {short(word)!r}: a value is empty")
     return parts
+
+
+def _pairs(word: str) -> dict[Any, Any] | None:
+    """What stands in braces as {key: value, ...}, or None if nothing does."""
+    if word[:1] != "{" or word[-1] != "}":
+        return None
+    pairs = [_PAIR.fullmatch(part) for part in _split(word[1:-1], word, pairs=True)]
+    if not all(pairs):
+        raise ControlTextError(f"cannot read {short(word)!r}: in braces stand pairs, as in {{cat: 1, dog: 2}}")
+    return {_value(pair["key"].strip()): _value(pair["value"].strip()) for pair in pairs if pair}
 
 
 def _value(word: str) -> Any:
     if (listed := _listed(word)) is not None:
         return tuple(_value(part) for part in listed)
+    if (pairs := _pairs(word)) is not None:
+        return pairs
     named = {"none": None, "true": True, "false": False, "inf": math.inf}
     if word.lower() in named:
         return named[word.lower()]
@@ -212,7 +240,8 @@ def _build(cls: type, values: list[str], settings: dict[str, Any]) -> Any:
         name for name in settings if name not in parameters or parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
     ]
     if unknown:
-        raise TypeError(f"there is no setting {unknown[0]!r}")
+        known = [name for name, one in parameters.items() if not _is_phrases(one, hints)]
+        raise TypeError(f"there is no setting {short(unknown[0])!r}; {instead(unknown[0], known)}")
     arguments = {name: _fit(name, value, hints.get(name, Any)) for name, value in settings.items()}
     first = next(iter(parameters.values()), None)
     if first is None or not _is_phrases(first, hints):
@@ -232,7 +261,7 @@ def _fit(name: str, value: Any, hint: Any) -> Any:
     """`value` as the type of its setting, or a TypeError: a typing slip must not become a strange picture."""
     fitted = _fitted(value, hint)
     if fitted is _UNFIT:
-        raise TypeError(f"{name} = {_show(value)} does not fit: it takes {_type_name(hint)}")
+        raise TypeError(f"{name} = {short(_show(value), 60)} does not fit: it takes {_type_name(hint)}")
     return fitted
 
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from .errors import AttnctlError, PhraseError, UnsupportedPipelineError
+from .errors import AttnctlError, PhraseError, UnsupportedPipelineError, short
 from .prompts import positions, streams, words
+from .region_text import outlined
+from .sheets import Cell, grid
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 _PLAIN_WORDS = frozenset("a an the and or with in on at of to by from is are its his her their".split())
 
-_CELL, _GAP, _LINE = 384, 16, 24  # pixels of the sheet
+_CELL, _GAP, _POINTS = 384, 16, 16  # of the sheet: width of a picture, room between them, size of captions
 
 
 class DrawingError(AttnctlError):
@@ -39,11 +41,16 @@ class Trace:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture, the heat map of each word over it, and, if asked for, what the controls did."""
+    """A picture, the heat map of each word over it, and, if asked for, what the controls did.
+
+    `alone` names the controls that looked ahead and left the picture as it was; `regions` are those of the controls.
+    """
 
     picture: Image.Image
     maps: dict[str, Image.Image]
     trace: Trace | None = None
+    alone: tuple[str, ...] = ()
+    regions: tuple[tuple[str, Any], ...] = ()
 
 
 def content_words(prompt: str) -> tuple[str, ...]:
@@ -118,10 +125,12 @@ def draw(
     try:
         with ExitStack() as stack:
             stack.enter_context(_steps_shown(pipe, bar, label))
+            stack.enter_context(_finite_alone(pipe, controls))
             run = stack.enter_context(attach(pipe, *controls, *watch, *by_step)) if controls or watch else None
             picture = pipe(**settings).images[0]
             maps = {word: run.maps.overlay(word, picture) for word in recipe.maps} if run else {}
             told = _told(run, len(controls), by_step) if run and trace else None
+            alone = _left_alone(run, controls) if run else ()
     except AttnctlError:
         raise
     except torch.OutOfMemoryError as error:
@@ -132,7 +141,31 @@ def draw(
         raise DrawingError(f"out of memory on {recipe.device}: try a smaller --size") from error
     except ValueError as error:  # the pipeline's own check of its inputs
         raise DrawingError(" ".join(str(error).split())) from error
-    return Drawing(picture, maps, told)
+    regions = tuple(pair for control in controls for pair in getattr(control, "masks", ()))
+    return Drawing(picture, maps, told, alone, regions)
+
+
+@contextmanager
+def _finite_alone(pipe: "DiffusionPipeline", controls: Sequence["Control"]) -> Iterator[None]:
+    """While it is open, a picture that holds infinity or no number is an error; diffusers would paint it black."""
+    processor = getattr(pipe, "image_processor", None)
+    if processor is None:
+        yield
+        return
+    own = processor.postprocess
+
+    def postprocess(image: Any, *args: Any, **kwargs: Any) -> Any:
+        if not image.isfinite().all():
+            names = ", ".join(type(control).__name__ for control in controls)
+            why = f"a setting of {names} is too large" if controls else "try --dtype float32"
+            raise DrawingError(f"the picture is not finite, so there is nothing to save; {why}")
+        return own(image, *args, **kwargs)
+
+    processor.postprocess = postprocess
+    try:
+        yield
+    finally:
+        del processor.postprocess
 
 
 def needed(recipe: "Recipe") -> tuple[str, ...]:
@@ -144,13 +177,16 @@ def needed(recipe: "Recipe") -> tuple[str, ...]:
 
 def pictures(drawings: dict[str, Drawing], recipe: "Recipe") -> dict[str, Image.Image]:
     """Every picture that these drawings give, by what it shows; the most telling one last."""
-    titles = {"plain": "plain", "controlled": "; ".join(recipe.controls)}
-    columns = [_column(drawing, titles[kind]) for kind, drawing in drawings.items()]
+    titles = {"plain": "plain", "controlled": "; ".join(short(text, 200) for text in recipe.controls)}
+    columns = [
+        _column(drawing, "left alone: " * bool(drawing.alone) + titles[kind]) for kind, drawing in drawings.items()
+    ]
+    sheet = grid([[("", column) for column in columns]], _POINTS, _GAP)
     found = {kind: drawing.picture for kind, drawing in drawings.items()}
     if len(columns) > 1:
-        found["comparison"] = _beside(columns)
+        found["comparison"] = sheet
     elif recipe.maps:
-        found["maps"] = _beside(columns)
+        found["maps"] = sheet
     return found
 
 
@@ -175,12 +211,18 @@ def _told(run: "Attachment", own: int, by_step: "tuple[Control, ...]") -> Trace:
     """What the first `own` controls of an attachment did; the others are its recorders."""
     from .trace_pictures import loss_curves, map_sequence
 
-    report = run.report.to_json()
+    report = run.report.to_dict()
     report["sites"] = report["sites"][:own]
     shown = {"losses": loss_curves(report["traces"])}
     for recorder in by_step:
         shown["steps"] = map_sequence(run.run.state(recorder))
     return Trace(report, {name: picture for name, picture in shown.items() if picture is not None})
+
+
+def _left_alone(run: "Attachment", controls: Sequence["Control"]) -> tuple[str, ...]:
+    """The controls that left the picture alone."""
+    found = [(control, getattr(state, "foreseen", None)) for control, state in run.run.states(controls)]
+    return tuple(type(control).__name__ for control, ahead in found if ahead is not None and ahead.alone)
 
 
 def _call_settings(pipe: "DiffusionPipeline", recipe: "Recipe") -> dict[str, Any]:
@@ -257,43 +299,21 @@ def _steps_shown(pipe: "DiffusionPipeline", bar: "Progress | None", label: str) 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _beside(columns: list[Image.Image]) -> Image.Image:
-    width = sum(column.width for column in columns) + _GAP * (len(columns) + 1)
-    sheet = Image.new("RGB", (width, max(column.height for column in columns) + 2 * _GAP), "white")
-    left = _GAP
-    for column in columns:
-        sheet.paste(column, (left, _GAP))
-        left += column.width + _GAP
-    return sheet
-
-
 def _column(drawing: Drawing, title: str) -> Image.Image:
     """Title, picture, and the maps in rows of up to three under it."""
-    main = _fitted(drawing.picture, _CELL)
     per_row = min(3, max(1, len(drawing.maps)))
     small = (_CELL - _GAP * (per_row - 1)) // per_row
-    cells = [(word, _fitted(picture, small)) for word, picture in drawing.maps.items()]
-    row = max((cell.height for _, cell in cells), default=0) + _LINE
-    rows = -(-len(cells) // per_row)
-    column = Image.new("RGB", (_CELL, _LINE + main.height + rows * (row + _GAP)), "white")
-    pen = ImageDraw.Draw(column)
-    _write(pen, (0, 0), title, _CELL)
-    column.paste(main, (0, _LINE))
-    for index, (word, cell) in enumerate(cells):
-        left = index % per_row * (small + _GAP)
-        top = _LINE + main.height + _GAP + index // per_row * (row + _GAP)
-        _write(pen, (left, top), word, small)
-        column.paste(cell, (left, top + _LINE))
-    return column
+    cells: list[Cell] = [(word, _fitted(picture, small)) for word, picture in drawing.maps.items()]
+    main = _fitted(drawing.picture, _CELL)
+    if drawing.regions:
+        main = outlined(main, drawing.regions)
+    rows: list[list[Cell]] = [[(title, main)]]
+    if cells:
+        below = [cells[start : start + per_row] for start in range(0, len(cells), per_row)]
+        rows.append([("", grid(below, _POINTS, _GAP, border=False))])
+    return grid(rows, _POINTS, _GAP, border=False)
 
 
 def _fitted(picture: Image.Image, width: int) -> Image.Image:
     height = max(1, round(picture.height * width / picture.width))
     return picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-
-
-def _write(pen: ImageDraw.ImageDraw, at: tuple[int, int], text: str, width: int) -> None:
-    font = ImageFont.load_default(16)
-    while len(text) > 1 and pen.textlength(text, font=font) > width:
-        text = text[:-2] + "…"
-    pen.text(at, text, fill="black", font=font)

@@ -1,5 +1,23 @@
 """Errors that are the caller's to mend. Each message is one line that names what was asked and what exists."""
 
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import TypeVar
+
+
+def instead(name: str, known: Iterable[str]) -> str:
+    """ "did you mean strength?" or, where nothing is near, "there are strength, maps, ...": the end of a message."""
+    names = list(known)
+    plain = {one.replace("_", "").lower(): one for one in names}
+    if near := get_close_matches(name.replace("_", "").lower(), plain, 1, 0.7):
+        return f"did you mean {plain[near[0]]}?"
+    return f"there are {short(', '.join(names), 200)}" if names else "there is none"
+
+
+def short(text: str, most: int = 80) -> str:
+    """The text, or its beginning and "..." where it is longer."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
 
 class AttnctlError(ValueError):
     """Base of every error attnctl raises on purpose."""
@@ -35,3 +53,19 @@ class BusyError(AttnctlError):
 
 class FamilyError(AttnctlError):
     """A family record does not describe the model it was checked against (see `attnctl.verify`)."""
+
+
+E = TypeVar("E", bound=AttnctlError)
+
+
+def of_image(error: E, image: int, prompts: Sequence[str], everywhere: bool = False) -> E:
+    """The same error, saying which picture of a batch it is about, or that it is about each of them."""
+    if len(prompts) == 1:
+        return error
+    none = f"none of the {len(prompts)} prompts has it; " if everywhere else ""
+    return type(error)(f"{none}{name_of(image, prompts[image])}: {error}")
+
+
+def name_of(image: int, prompt: str) -> str:
+    """ "image 1 ('a dog')": how messages speak of one picture of a batch."""
+    return f"image {image} ({short(prompt, 60)!r})"

@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from . import denoiser as calls
-from .control import AttentionCall, Lane, run_chain
+from .control import AttentionCall, Control, Lane, run_chain
 from .errors import AttnctlError, ControlError, UnsupportedPipelineError
 from .gradient import Watch, frozen, in_backward
 from .run import Run, Sample, Step
@@ -152,7 +152,10 @@ class Flow:
                 run.begin(control)
             if first:
                 for control in wiring.controls():
+                    before = step.sample.edited
                     control.before_denoise(step)
+                    if step.sample.edited is not before:
+                        _check_finite(control, step)
         run.calls += first
         return step
 
@@ -293,6 +296,17 @@ class Flow:
             if self.branch is not None:  # leaving any cache_context clears the one around it: enter that again
                 branch, kwargs, stack = self.branch
                 stack.enter_context(context(model, branch, **kwargs))
+
+
+def _check_finite(control: Control, step: Step) -> None:
+    """Raise if a control left latents that hold infinity or no number: what is drawn from them is no picture."""
+    sound = step.latents.flatten(1).isfinite().all(dim=1).tolist()
+    if not all(sound):
+        who = step.run.describe(sound.index(False))
+        raise ControlError(
+            f"{type(control).__name__} made latents that are not finite at step {step.index}{who and f' of {who}'}; "
+            "a setting such as strength is too large"
+        )
 
 
 def _drawing(own: Any) -> Any:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .control import AttentionCall, Control, Lane, Proceed
-from .errors import ControlError, NoSiteError, PhraseError
+from .errors import ControlError, NoSiteError, PhraseError, of_image, short
 from .probabilities import call_maps, heard, token_maps
 from .prompts import TextStream, positions, streams, text_rows, words
 from .sites import Selection, Site, select
@@ -124,6 +124,12 @@ class Maps:
         self._sums: dict[tuple[int | None, int | None, Grid], _Sum] = {}
         self._names: dict[str, int] = {}
 
+    def __repr__(self) -> str:
+        what = f"{len(self._names)} sites, words: {short(', '.join(self.words), 120)}"
+        return (
+            f"<Maps of {self.images} image{'s' * (self.images != 1)}, {what if self._sums else 'nothing recorded yet'}>"
+        )
+
     # --- recording ----------------------------------------------------------------------------------------------------
 
     def add(self, call: AttentionCall, rows: slice, lse: Tensor | None) -> None:
@@ -227,21 +233,25 @@ class Maps:
             pictures: what the pipeline drew, in order.
             phrases: which, in order; None for all of `words`, in each row those of its own prompt.
         """
-        from .heatmaps import sheet, stack
+        from .heatmaps import cells
+        from .sheets import grid
 
         pictures = list(pictures) if isinstance(pictures, Sequence) else [pictures]
         maps = {phrase: self.get(phrase) for phrase in (self.words if phrases is None else phrases)}
         rows = [
-            sheet(picture, {word: found[i] for word, found in maps.items() if found[i].any()}, self._texts[i][0].prompt)
+            cells(picture, {word: found[i] for word, found in maps.items() if found[i].any()}, self._texts[i][0].prompt)
             for i, picture in enumerate(pictures)
         ]
-        return stack(rows)
+        return grid(rows, points=max(14, min(rows[0][0][1].height // 12, 28)))  # type: ignore[union-attr]
 
     def _find(self, phrase: str) -> list[list[int]]:
         """Text rows of a phrase per image; empty where the image's prompt does not have it."""
         found = _once_each(lambda text: _try(text, phrase), self._texts)
         if not any(found):
-            positions(self._texts[0], phrase)  # raises and says why
+            try:
+                positions(self._texts[0], phrase)  # raises and says why
+            except PhraseError as error:
+                raise of_image(error, 0, [text[0].prompt for text in self._texts], everywhere=True) from None
         return found
 
     def _columns(self, phrase: str) -> Tensor:

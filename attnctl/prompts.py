@@ -10,9 +10,10 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from .errors import PhraseError
+from .errors import PhraseError, short
 
 if TYPE_CHECKING:
     from .run import Run
@@ -39,6 +40,11 @@ class TextStream:
     prompt: str
     offset: int = 0
     length: int = 77
+
+    @cached_property
+    def spans(self) -> list[Span | None]:
+        """The characters each token covers, before truncation, see `_spans`; tokenized once."""
+        return _spans(self.tokenizer, self.prompt)
 
 
 @dataclass(frozen=True)
@@ -85,8 +91,13 @@ def find(tokenizer: Any, prompt: str, phrase: str, max_length: int = 77) -> list
     Raises:
         PhraseError: the phrase is not in the prompt, or the tokenizer cuts it off; names the words there are.
     """
+    return _found(TextStream(tokenizer, prompt, 0, max_length), phrase)
+
+
+def _found(stream: TextStream, phrase: str) -> list[int]:
+    """`find` in a stream, whose offset does not count."""
+    tokenizer, prompt, max_length, spans = stream.tokenizer, stream.prompt, stream.length, stream.spans
     places = _places(prompt, phrase)
-    spans = _spans(tokenizer, prompt)
     text = _layout([span is None for span in spans], max_length).text
     found = [i for i, span in enumerate(spans) if span and any(_overlap(span, place) for place in places)]
     if not found:
@@ -113,7 +124,7 @@ def positions(streams: Sequence[TextStream], phrase: str) -> list[int]:
     trouble = PhraseError(f"there is no tokenizer to find {phrase!r} with")
     for stream in reversed(streams):
         try:
-            rows = find(stream.tokenizer, stream.prompt, phrase, stream.length)
+            rows = _found(stream, phrase)
         except PhraseError as error:
             trouble = error
         else:
@@ -130,17 +141,19 @@ def layout(tokenizer: Any, prompt: str, max_length: int = 77) -> Layout:
 
 def text_rows(streams: Sequence[TextStream]) -> list[int]:
     """Text rows of a site that hold tokens of the prompt: neither start nor end nor padding. Ascending."""
-    layouts = ((stream, layout(stream.tokenizer, stream.prompt, stream.length)) for stream in streams)
+    layouts = ((stream, _layout([span is None for span in stream.spans], stream.length)) for stream in streams)
     return sorted({stream.offset + row for stream, rows in layouts for row in rows.text})
 
 
 def streams(run: Run, image: int) -> tuple[TextStream, ...]:
     """The text streams of one image of a run, as its family record and its prompts say.
 
+    Equal ones are the same object, so that a run tokenizes each text once.
+
     Raises:
         PhraseError: the pipeline was given embeddings and nobody said what they mean.
     """
-    found = []
+    found, known = list[TextStream](), getattr(run, "streams", {})
     for stream in run.family.streams:
         tokenizer = getattr(run.pipe, stream.tokenizer, None)
         if tokenizer is None:
@@ -149,7 +162,10 @@ def streams(run: Run, image: int) -> tuple[TextStream, ...]:
         if hasattr(run.pipe, "maybe_convert_prompt"):  # textual inversion: one word may stand for several tokens
             text = run.pipe.maybe_convert_prompt(text, tokenizer)
         rows = run.max_sequence_length if isinstance(stream.rows, str) else stream.rows
-        found.append(TextStream(tokenizer, text, stream.offset, rows or tokenizer.model_max_length))
+        own = text, stream.tokenizer, stream.offset
+        if own not in known:
+            known[own] = TextStream(tokenizer, text, stream.offset, rows or tokenizer.model_max_length)
+        found.append(known[own])
     return tuple(found)
 
 
@@ -199,7 +215,7 @@ def _overlap(one: Span, other: Span) -> bool:
 
 def _inventory(prompt: str) -> str:
     found = words(prompt)
-    return f"its words are: {', '.join(found)}" if found else "the prompt has no words"
+    return f"its words are: {short(', '.join(found), 200)}" if found else "the prompt has no words"
 
 
 # --- characters -> tokens ---------------------------------------------------------------------------------------------

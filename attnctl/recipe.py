@@ -6,7 +6,8 @@ The recipe also holds the hash of the picture's pixels, so "bit-identical" is a 
 import hashlib
 import json
 import os
-import tempfile
+import re
+import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -18,6 +19,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .errors import AttnctlError
+from .limits import LARGEST, STEPS, THREADS
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -52,6 +54,7 @@ class Recipe:
     dtype: str
     threads: int
     versions: dict[str, str]
+    sampler: str | None = None  # as other tools call it, see `sampler_of`
     shows: str = "controlled"  # plain | controlled | maps | comparison
     pixels: str | None = None  # pixel_hash of the picture that carries this recipe
 
@@ -67,6 +70,7 @@ class Recipe:
         """
         try:
             content = json.loads(text)
+            content = {"sampler": None} | content  # older recipes do not tell it
             recipe = cls(**{field.name: content[field.name] for field in fields(cls)})
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise RecipeError(f"the recipe cannot be read: {type(error).__name__} {error}") from None
@@ -101,8 +105,8 @@ def _texts(value: Any) -> bool:
     return isinstance(value, list) and all(map(_text, value))
 
 
-def _whole(value: Any, least: int) -> bool:
-    return type(value) is int and least <= value < 2**63
+def _whole(value: Any, least: int, most: int = 2**63 - 1) -> bool:
+    return type(value) is int and least <= value <= most
 
 
 def _number(value: Any) -> bool:
@@ -112,19 +116,66 @@ def _number(value: Any) -> bool:
 _Fits = Callable[[Any], bool]
 _HOLDS: dict[str, tuple[_Fits, str]] = {
     **dict.fromkeys(("model", "weights", "prompt", "device", "dtype"), (_text, "text")),
-    **dict.fromkeys(("negative", "pixels"), (lambda value: value is None or _text(value), "text or null")),
+    **dict.fromkeys(("negative", "sampler", "pixels"), (lambda value: value is None or _text(value), "text or null")),
     **dict.fromkeys(("controls", "maps"), (_texts, "a list of texts")),
     **dict.fromkeys(
-        ("steps", "width", "height"),
-        (lambda value: value is None or _whole(value, 1), "a whole number from 1 up, or null"),
+        ("width", "height"),
+        (lambda value: value is None or _whole(value, 1, LARGEST), f"a whole number from 1 to {LARGEST}, or null"),
     ),
+    "steps": (lambda value: value is None or _whole(value, 1, STEPS), f"a whole number from 1 to {STEPS}, or null"),
     "seed": (lambda value: _whole(value, 0), "a whole number from 0 up"),
-    "threads": (lambda value: _whole(value, 1) and value < 2**31, "a whole number from 1 up"),
+    "threads": (lambda value: _whole(value, 1, THREADS), f"a whole number from 1 to {THREADS}"),
     "guidance": (lambda value: value is None or _number(value), "a number from 0 up, or null"),
     "versions": (lambda value: isinstance(value, dict) and _texts(list(value.values())), "texts by name"),
     "shows": (lambda value: value in ("plain", "controlled", "maps", "comparison"), "a kind of picture"),
 }
 """What each field of a recipe holds, and how that is called."""
+
+
+_SAMPLERS = {
+    "DDIM": "DDIM",
+    "PNDM": "PLMS",
+    "EulerDiscrete": "Euler",
+    "EulerAncestralDiscrete": "Euler a",
+    "FlowMatchEulerDiscrete": "Euler",
+    "HeunDiscrete": "Heun",
+    "FlowMatchHeunDiscrete": "Heun",
+    "LMSDiscrete": "LMS",
+    "KDPM2Discrete": "DPM2",
+    "KDPM2AncestralDiscrete": "DPM2 a",
+    "DPMSolverMultistep": "DPM++ 2M",
+    "DPMSolverSDE": "DPM++ SDE",
+    "UniPCMultistep": "UniPC",
+    "LCM": "LCM",
+}
+
+
+def sampler_of(pipe: "DiffusionPipeline") -> str | None:
+    """The pipeline's scheduler, by the name that other tools know it by."""
+    name = type(getattr(pipe, "scheduler", None)).__name__.removesuffix("Scheduler")
+    return None if name == "NoneType" else _SAMPLERS.get(name, name)
+
+
+def parameters(picture: Image.Image, recipe: Recipe) -> str:
+    """The recipe as the AUTOMATIC1111 web UI writes it, which many tools read: prompts, and a line of settings."""
+    size = (recipe.width, recipe.height) if recipe.width and recipe.height else None
+    if size is None and recipe.shows in ("plain", "controlled"):
+        size = picture.size
+    settings = {
+        "Steps": recipe.steps,
+        "Sampler": recipe.sampler,
+        "CFG scale": None if recipe.guidance is None else f"{recipe.guidance:g}",
+        "Seed": recipe.seed,
+        "Size": None if size is None else f"{size[0]}x{size[1]}",
+        "Model": Path(recipe.model).name,
+    }
+    lines = [recipe.prompt, *([f"Negative prompt: {recipe.negative}"] if recipe.negative else [])]
+    line = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in settings.items() if value is not None)
+    return "\n".join([*lines, line])
+
+
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if re.search("[,:\n]", value) else value
 
 
 def installed_versions() -> dict[str, str]:
@@ -158,29 +209,22 @@ def modules_hash(modules: Mapping[str, "Module"]) -> str:
 def save(picture: Image.Image, path: Path, recipe: Recipe) -> None:
     """Write the PNG with its recipe; `path` appears whole or not at all."""
     info = PngInfo()
+    info.add_text("parameters", parameters(picture, recipe))
     info.add_itxt(CHUNK, replace(recipe, pixels=pixel_hash(picture)).to_json())
     made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
-    temporary = None
+    temporary = path.parent / f".{secrets.token_hex(8)}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:  # tempfile's are for their owner alone; these get the usual rights
             picture.save(file, format="PNG", pnginfo=info)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner reads
         os.replace(temporary, path)
     except BaseException:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         for folder in made:
             with suppress(OSError):
                 folder.rmdir()
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def open_picture(path: Path) -> Image.Image:

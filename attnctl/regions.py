@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from base64 import b64decode, b64encode
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +20,16 @@ class Region:
 
     Args:
         what: one of
-            - a box (left, top, right, bottom): shares of the picture if none is above 1, pixels otherwise;
+            - a box (left, top, right, bottom): shares of the picture if none is above 1, pixels otherwise, which may
+              not end beyond the picture;
             - a picture with an alpha channel: the alpha counts, so a painted layer is what was painted;
             - any other picture: its brightness counts, white is inside;
+            - a picture in a file, by its path; or as text, see `written`;
             - a numpy array or tensor: (height, width), bool, 0-255 in uint8 or floats in [0, 1]; or
-              (height, width, channels), read as a picture.
+              (height, width, channels), read as a picture. Bytes that are all 0 or 1 are taken as bools.
+
+    Attributes:
+        file: the path, if it was read from a file.
 
     Raises:
         ControlError: it is none of these, or empty.
@@ -30,8 +38,13 @@ class Region:
     def __init__(self, what: Any) -> None:
         self.box: tuple[float, float, float, float] | None = None
         self.mask: Tensor | None = None
+        self.file: str | None = None
+        if isinstance(what, (str, Path)):
+            if not str(what).startswith(_DATA):
+                self.file = str(what)
+            what = _opened(str(what))
         if isinstance(what, Region):
-            self.box, self.mask = what.box, what.mask
+            self.box, self.mask, self.file = what.box, what.mask, what.file
         elif isinstance(what, (Image.Image, np.ndarray, Tensor)):
             self.mask = _mask(what)
             if not self.mask.any():
@@ -50,7 +63,7 @@ class Region:
             (height, width) float32 in [0, 1].
 
         Raises:
-            ControlError: a box in pixels lies outside of the picture.
+            ControlError: a box in pixels does not lie in the picture.
         """
         if self.mask is not None:
             rows, columns = (_shares(cells, size) for cells, size in zip(grid, self.mask.shape, strict=True))
@@ -59,12 +72,13 @@ class Region:
         left, top, right, bottom = self.box
         if max(self.box) > 1:
             height, width = picture
+            if left >= width or top >= height:
+                raise ControlError(f"box {self.box} lies outside of the picture, which is {width} x {height}")
+            if right > width or bottom > height:
+                raise ControlError(f"box {self.box} ends beyond the picture, which is {width} x {height} pixels")
             left, right, top, bottom = left / width, right / width, top / height, bottom / height
         down, across = _inside(grid[0], top, bottom), _inside(grid[1], left, right)
-        covered = torch.outer(down, across)
-        if not covered.any():
-            raise ControlError(f"box {self.box} lies outside of the picture, which is {picture[1]} x {picture[0]}")
-        return covered
+        return torch.outer(down, across)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Region) or self.box != other.box:
@@ -94,7 +108,42 @@ def _box(what: Any) -> tuple[float, float, float, float]:
         raise ControlError(
             f"a box is (left, top, right, bottom) with 0 <= left < right and 0 <= top < bottom; not {what!r}"
         )
+    if max(right, bottom) > 1 and any(0 < side < 1 for side in (left, top, right, bottom)):
+        raise ControlError(f"a box is in shares of the picture or in pixels, not in both as {what!r} is")
     return left, top, right, bottom
+
+
+_DATA = "data:image/png;base64,"
+_LONGEST = 500_000  # characters of a mask as text: a PNG keeps no more than a million beside its picture
+
+
+def written(what: str) -> str:
+    """A mask file as text that says the same when the file is gone: a grey PNG as a data URI.
+
+    Raises:
+        ControlError: it is no picture, or too detailed to be kept as text.
+    """
+    mask = Region(what).mask
+    assert mask is not None
+    file = BytesIO()
+    Image.fromarray((mask * 255).round().byte().numpy()).save(file, "PNG", optimize=True)
+    text = _DATA + b64encode(file.getvalue()).decode()
+    if len(text) > _LONGEST:
+        raise ControlError(f"the mask {what} is too detailed for a recipe to hold: make it smaller, or black and white")
+    return text
+
+
+def _opened(text: str) -> Image.Image:
+    """The picture in a file, or in a data URI."""
+    name = "in a text" if text.startswith(_DATA) else text
+    try:
+        inside = b64decode(text.removeprefix(_DATA), validate=True) if text.startswith(_DATA) else None
+        with Image.open(Path(text).expanduser() if inside is None else BytesIO(inside)) as picture:
+            picture.load()
+            return picture
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else "it is not a whole picture"
+        raise ControlError(f"cannot read the picture {name} of a region: {reason}") from None
 
 
 def _mask(what: Any) -> Tensor:
@@ -113,7 +162,7 @@ def _mask(what: Any) -> Tensor:
         array = array[..., 3] if array.shape[-1] == 4 else array.float().mean(-1).to(array.dtype)
     if array.ndim != 2 or not array.numel():
         raise ControlError(f"a mask is (height, width) or (height, width, channels), not {tuple(array.shape)}")
-    mask = array.float() / 255 if array.dtype == torch.uint8 else array.float()
+    mask = array.float() / 255 if array.dtype == torch.uint8 and array.max() > 1 else array.float()
     if not (mask.isfinite().all() and mask.min() >= 0 and mask.max() <= 1):
         raise ControlError("a mask holds bools, 0 to 255 in uint8, or numbers from 0 to 1")
     return mask

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .control import AttentionCall, Control, Rows
-from .errors import ControlError, PhraseError
+from .errors import ControlError, PhraseError, name_of, of_image, short
 from .families import Family
 from .sites import Site
 
@@ -48,7 +48,14 @@ class Run:
     start: int = 0  # position of the first step in the scheduler's timesteps
     schedule: int = 0  # how many timesteps the scheduler has
     passes: dict[str, float] = field(default_factory=dict)
+    streams: dict[Any, Any] = field(default_factory=dict)  # what `prompts.streams` has made, by text
     _states: dict[int, tuple[Control, Any]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        texts = dict.fromkeys(self.texts.get("prompt", ()))
+        first = next((repr(short(text, 60)) for text in texts), "no words")
+        said = f"{self.images} image{'s' * (self.images != 1)}, {self.calls} of {self.steps or '?'} denoiser calls"
+        return f"<Run of {type(self.pipe).__name__}, {said}, {first}{' ...' * (len(texts) > 1)}>"
 
     @property
     def prompts(self) -> list[str]:
@@ -69,6 +76,12 @@ class Run:
         factor = int(getattr(self.pipe, "vae_scale_factor", 8))
         return self.latent_size[0] * factor, self.latent_size[1] * factor
 
+    def describe(self, image: int) -> str:
+        """ "image 1 ('a dog')" for messages; "" if there is only one picture, or nobody said what it is of."""
+        if self.images == 1 or "prompt" not in self.texts:
+            return ""
+        return name_of(image, self.prompts[image])
+
     def tokens(self, phrase: str, image: int) -> list[int]:
         """Text rows of a site that hold a phrase of one image's prompt, over all tokenizers of the pipeline.
 
@@ -84,7 +97,10 @@ class Run:
         """
         from .prompts import positions, streams
 
-        return positions(streams(self, image), phrase)
+        try:
+            return positions(streams(self, image), phrase)
+        except PhraseError as error:
+            raise of_image(error, image, self.prompts) from None
 
     def state(self, control: Control) -> Any:
         """What the control's `begin` returned for this run."""

@@ -7,10 +7,11 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from .heatmaps import GAP, INK, PAPER, heat
+from .heatmaps import heat
 from .maps import Maps
+from .sheets import Cell, grid
 
 CELL = 96
 
@@ -19,7 +20,7 @@ def loss_curves(traces: Sequence[Mapping[str, Any]], image: int = 0) -> Image.Im
     """The losses of one picture before each step, less the least they can be; a line per term and pair or phrase.
 
     Args:
-        traces: `report.to_json()["traces"]`.
+        traces: `report.to_dict()["traces"]`.
         image: of the batch, from 0.
 
     Returns:
@@ -36,8 +37,8 @@ def loss_curves(traces: Sequence[Mapping[str, Any]], image: int = 0) -> Image.Im
     figure = Figure(figsize=(6.4, 3.2 * len(panels)), dpi=100, layout="constrained")
     for axes, (title, lines) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
         for label, points in lines.items():
-            axes.plot(*zip(*points, strict=True), marker=".", label=label)
-        axes.set(title=title, xlabel="denoiser call", ylabel="loss, less its least if it has one")
+            axes.plot(*zip(*points, strict=True), marker=".", label=label.replace(" | ", " and "))
+        axes.set(title=title, xlabel="step", ylabel="loss")
         values = [0.0, *(value for points in lines.values() for _, value in points)]
         low, high = min(values), max(values)
         room = 0.05 * (high - low) or 0.05
@@ -75,17 +76,10 @@ def map_sequence(maps: Maps, image: int = 0, most: int = 8) -> Image.Image:
         most: columns; of more steps some are shown, evenly spread from the first to the last.
     """
     steps = [maps.steps[k] for k in np.linspace(0, len(maps.steps) - 1, min(most, len(maps.steps))).round().astype(int)]
-    font, line = ImageFont.load_default(14), 22
     height, width = maps.get(maps.words[0], step=steps[0]).shape[1:]
-    tall = round(CELL * height / width)
-    row, words = line + tall + GAP, maps.words
-    page = Image.new("RGB", (GAP + len(steps) * (CELL + GAP), line + len(words) * row), PAPER)
-    pen = ImageDraw.Draw(page)
-    for x, step in enumerate(steps):
-        left = GAP + x * (CELL + GAP)
-        pen.text((left, line // 2), f"step {step}", INK, font, anchor="lm")
-        for y, word in enumerate(words):
-            if x == 0:
-                pen.text((left, line + y * row + line // 2), word, INK, font, anchor="lm")
-            page.paste(heat(maps.get(word, step=step)[image], (CELL, tall)), (left, 2 * line + y * row))
-    return page
+    size = CELL, round(CELL * height / width)
+    rows: list[list[Cell]] = [[(f"step {step}", None) for step in steps]]
+    for word in maps.words:
+        row = [heat(maps.get(word, step=step)[image], size) for step in steps]
+        rows.append([(word if number == 0 else "", picture) for number, picture in enumerate(row)])
+    return grid(rows)

@@ -198,7 +198,7 @@ def judged(prompt: Prompt, reading: judge.Reading) -> dict[str, Any]:
     """present: each thing is there. colours: of each thing that is to have a colour, whether it is there and has it."""
     present, colours = reading.satisfies(prompt)
     named = [bool(right) for right, (_, colour) in zip(colours, prompt.things, strict=True) if colour]
-    return {"present": list(present), "colours": named, "seen": reading.to_json()}
+    return {"present": list(present), "colours": named, "seen": reading.to_dict()}
 
 
 def summary(prompts: Sequence[Prompt], cases: Sequence[Case], done: dict[str, Any]) -> dict[str, Any]:

@@ -223,7 +223,7 @@ def main(
                 for case, prompt, image, reading in zip(group, asked, images, eye.read(images), strict=True):
                     if case.name not in done:
                         effect.save(image, folder / f"{case.name}.png")
-                        found = {"right": right(prompt, reading), "seen": reading.to_json()}
+                        found = {"right": right(prompt, reading), "seen": reading.to_dict()}
                         done[case.name] = {"case": case.name, "seconds": seconds, "effect": moved} | found
                         results.write(json.dumps(done[case.name]) + "\n")
                         bar.advance(line)

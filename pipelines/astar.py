@@ -102,7 +102,7 @@ class AStarPipeline:
 
         Returns:
             What the pipeline returns. Unless that is a tuple (return_dict=False), it has three attributes more:
-            `report`, what A-STAR did (`report.to_json()` is plain data; prompts that differ in what is bound have a
+            `report`, what A-STAR did (`report.to_dict()` is plain data; prompts that differ in what is bound have a
             trace each), `maps`, None unless asked for, and `subjects`, the phrases that were kept apart.
 
         Raises:

@@ -16,10 +16,10 @@ from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 import torch
 
 from attnctl.control import Control, Lane
-from attnctl.errors import ControlError, PhraseError
+from attnctl.errors import ControlError, PhraseError, instead
 from attnctl.look_ahead import look_ahead
 from attnctl.maps import check_window, with_text
-from attnctl.prompts import positions, streams
+from attnctl.prompts import streams
 from attnctl.run import Run, Step
 from attnctl.sites import Selection, Site, discover
 
@@ -119,7 +119,7 @@ class MapDescent(Control):
     def __init__(self, *phrases: Any, **settings: Any) -> None:
         known = {one.name: one for one in fields(self) if one.name != "phrases"}
         if unknown := [name for name in settings if name not in known]:
-            raise TypeError(f"{type(self).__name__} has no setting {unknown[0]!r}; it has {', '.join(known)}")
+            raise TypeError(f"{type(self).__name__} has no setting {unknown[0]!r}; {instead(unknown[0], known)}")
         self._set(phrases=phrases)
         for name, one in known.items():
             assert one.default is not MISSING
@@ -204,9 +204,9 @@ class MapDescent(Control):
             if not useful[image]:
                 for name, there in zip(names, found.present[image].tolist(), strict=True):
                     if not there:
-                        positions(texts[image], name)  # raises, and says what the prompt has instead
-                who, prompt = type(self).__name__, run.prompts[image]
-                raise PhraseError(f"{who} finds nothing to act on in {prompt!r} with {', '.join(map(repr, names))}")
+                        run.tokens(name, image)  # raises, and says what the prompt has instead
+                who, prompt = type(self).__name__, run.describe(image) or repr(run.prompts[image])
+                raise PhraseError(f"{who} finds nothing to act on in {prompt} with {', '.join(map(repr, names))}")
         scale, skipped = 2.0**12 * torch.ones(run.images), torch.zeros(run.images, dtype=torch.long)
         return Trace(sites, found, losses, tuple(own), insisted, scale, skipped)
 
@@ -264,10 +264,11 @@ class Descent:
             maps = read_maps(ahead, ahead.latents, trace.sites, own.tokens, None, False, control.bfloat16)
             seen = torch.full_like(self.peak, torch.nan)
             seen[asked] = least_seen(maps, own).to(seen.dtype)
-            trace.foreseen = Foreseen(self.step.index, seen, control.look_ahead + 1)
-        assert control.seen is not None
-        sound = (trace.foreseen.seen >= control.seen).tolist()
-        return [image for image in trace.images if not sound[image]]
+            assert control.seen is not None
+            sound = (seen >= control.seen).tolist()
+            alone = tuple(image for image in asked if sound[image])
+            trace.foreseen = Foreseen(self.step.index, seen, control.look_ahead + 1, alone)
+        return [image for image in trace.images if image not in trace.foreseen.alone]
 
     def refine(self, target: float, images: list[int]) -> None:
         """Update the images above a loss until they are not. What was read last belongs to the latents as they are."""

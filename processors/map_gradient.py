@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnctl.control import AttentionCall
-from attnctl.errors import PhraseError
+from attnctl.errors import PhraseError, of_image
 from attnctl.maps import call_maps, check_rows, join_grids
 from attnctl.prompts import NUMBERED, TextStream, positions, text_rows
 from attnctl.run import Step
@@ -91,7 +91,7 @@ def wanted(texts: Sequence[tuple[TextStream, ...]], phrases: Sequence[str], colu
                 places[-1].append([])
     for column, phrase in enumerate(phrases):
         if not any(image[column] for image in places):
-            raise trouble[phrase]
+            raise of_image(trouble[phrase], 0, [text[0].prompt for text in texts], everywhere=True)
     rows = [_columns(text, image, columns) for text, image in zip(texts, places, strict=True)]
     most = max(map(len, rows))
     members = torch.zeros(len(rows), len(phrases), most)

@@ -211,7 +211,7 @@ class Weak:
         values = [value for step in each for value, broken in step if broken]
         return sum(values) / len(values) if values else math.nan
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         effect = None if math.isnan(self.effect) else self.effect
         return {"pass": self.name, "heads": list(self.heads), "effect": effect, "effects": self.effects}

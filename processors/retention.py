@@ -95,8 +95,9 @@ class Retention(MapDescent):
 
     Args:
         phrases: what to keep in its place; may be left out if there are masks.
-        masks: regions for phrases, as a dict or pairs: a box, a mask, a picture or layer, see `attnctl.regions.Region`.
-            Their phrases need not be named again. Phrases without one keep to the mask of their own last step.
+        masks: regions for phrases, as a dict or pairs: a box, a mask, a picture or layer or the path of one, see
+            `attnctl.regions.Region`. Their phrases need not be named again. Phrases without one keep to the mask of
+            their own last step.
         rule: how a mask is made of a map, see `losses.binarise`. The paper does not say; "half" is ours.
         share: of the cells, for the rule "quantile".
 

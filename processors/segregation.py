@@ -13,7 +13,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from attnctl.errors import ControlError
+from attnctl.errors import ControlError, of_image
 from attnctl.prompts import TextStream
 from attnctl.run import Run
 
@@ -44,18 +44,20 @@ class Apart(OfPairs):
         alone = [column for column, name in enumerate(names) if name in self.alone]
         whole = found.present.clone()
         whole[:, alone] = found.whole(alone)
-        lost = torch.zeros_like(self.present)
-        for number, (pair, (m, n)) in enumerate(zip(self.named, self.pairs, strict=True)):
-            shared = (found.members[:, m] * found.members[:, n]).any(-1)
-            here = ~shared if pair in self.chosen else ~shared & whole[:, m] & whole[:, n]
-            same = shared & (found.members[:, m] == found.members[:, n]).all(-1)
-            if same.any():
-                raise _inseparable(pair)
-            lost[:, number] = self.present[:, number] & shared
-            self.present[:, number] &= here
+        first, second = (found.members[:, [pair[side] for pair in self.pairs]] for side in (0, 1))
+        shared = (first * second).any(-1)  # (images, pairs)
+        same = shared & (first == second).all(-1)
+        if same.any():
+            image, number = same.nonzero()[0].tolist()
+            raise of_image(_inseparable(self.named[number]), image, run.prompts)
+        entire = whole[:, [pair[0] for pair in self.pairs]] & whole[:, [pair[1] for pair in self.pairs]]
+        chosen = torch.tensor([pair in self.chosen for pair in self.named])
+        lost = self.present & shared
+        self.present &= ~shared & (entire | chosen)
         useful = self.present.any(-1)
         if (stuck := lost & ~useful[:, None]).any():  # not even one pair is left
-            raise _inseparable(self.named[int(stuck.any(0).int().argmax())])
+            image = int(stuck.any(1).int().argmax())
+            raise of_image(_inseparable(self.named[int(stuck[image].int().argmax())]), image, run.prompts)
         return useful
 
     def parts(self, view: View) -> tuple[Tensor, Tensor]:

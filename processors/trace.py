@@ -61,11 +61,13 @@ class Foreseen:
         step: denoiser call before which it was, from 0.
         seen: (all images,), as for `Evaluation`, where plain drawing leads; NaN where nobody looked.
         forwards: of the denoiser that it cost.
+        alone: images that are left alone, by number, since every phrase was seen.
     """
 
     step: int
     seen: Tensor
     forwards: int
+    alone: tuple[int, ...] = ()
 
 
 @dataclass(eq=False)
@@ -103,7 +105,7 @@ class Trace:
         """What the loop works with, onto a device."""
         self.wanted, self.scale, self.skipped = (x.to(device) for x in (self.wanted, self.scale, self.skipped))  # type: ignore[assignment]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain data: for each step its evaluations and updates. Values per image; None is a value that is not there.
 
         `forwards` counts extra forwards with gradients, `image_forwards` the images in them; a look ahead, whose
@@ -131,7 +133,12 @@ class Trace:
             "sites": [site.name for site in self.sites],
             "look_ahead": None
             if ahead is None
-            else {"step": ahead.step, "seen": _plain(ahead.seen), "forwards": ahead.forwards},
+            else {
+                "step": ahead.step,
+                "seen": _plain(ahead.seen),
+                "forwards": ahead.forwards,
+                "left_alone": list(ahead.alone),
+            },
             "forwards": len(self.evaluations),
             "image_forwards": sum(len(one.images) for one in self.evaluations),
             "updates": len(self.updates),
@@ -146,6 +153,8 @@ class Trace:
             ", ".join(f"{value:.3g}" for value in one.losses.tolist()) for one in (self.updates[0], self.updates[-1])
         )
         text = f"{len(self.updates)} updates at {len(self.sites)} sites, loss {first} -> {last}"
+        if self.foreseen is not None and self.foreseen.alone:
+            text += f", image {', '.join(map(str, self.foreseen.alone))} left alone"
         return text + (f", skipped {self.skipped.tolist()}" if self.skipped.any() else "")
 
 

@@ -218,7 +218,7 @@ def test_an_image_whose_phrases_are_all_seen_stops_costing(pipe):
     low = int(peaks.argmin())
     trace = trace_of(pipe, Segregation("cat", "dog", relative=1e-3, updates=2, seen=float(peaks.mean())), steps=1)
     assert [update.images for update in trace.updates] == [(low,)] * 2
-    one = trace.to_json()["steps"][0]["evaluations"][0]
+    one = trace.to_dict()["steps"][0]["evaluations"][0]
     assert one["seen"] == pytest.approx(peaks.tolist())
     for wrong in (0.0, -1.0, float("nan"), 1.5):
         with pytest.raises(ControlError, match="seen is a probability"):
@@ -253,7 +253,7 @@ def test_side_by_side_they_make_an_update_each(pipe):
 def test_what_an_image_lacks(pipe):
     texts = ["a cat and a dog", "a red dog"]
     trace = trace_of(pipe, AStar("cat", "dog", bonds=("red dog",)), texts)
-    first = trace.to_json()["steps"][0]["evaluations"][0]["losses"]
+    first = trace.to_dict()["steps"][0]["evaluations"][0]["losses"]
     assert first["segregation"]["cat | dog"][1] is None and first["segregation"]["cat | dog"][0] > 0
     assert first["binding"]["red | dog"][0] is None and first["binding"]["red | dog"][1] is not None
     with attach(pipe, Binding("red dog")), pytest.raises(PhraseError, match="'red dog' is not in the prompt"):
@@ -265,7 +265,7 @@ def test_the_report_is_plain_data_and_says_what_was_spent(pipe):
     with attach(pipe, control) as run:
         assert run.report.traces == ()
         tiny.draw(pipe, TEXTS, steps=3)
-    report = json.loads(json.dumps(run.report.to_json()))
+    report = json.loads(json.dumps(run.report.to_dict()))
     (told,) = report["traces"]
     assert told["control"] == "AStar" and told["forwards"] == told["updates"] == 6 and told["image_forwards"] == 12
     assert [step["step"] for step in told["steps"]] == [0, 1, 2] and told["skipped"] == [0, 0]

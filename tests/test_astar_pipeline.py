@@ -26,7 +26,7 @@ def test_it_draws_what_the_control_draws(family):
     generator = torch.Generator().manual_seed(0)
     output = astar(TEXT, ["cat", "dog"], {"dog": "red"}, maps=True, generator=[generator], **settings)
     assert torch.equal(output.images, want) and not torch.equal(want, plain)
-    (trace,) = output.report.to_json()["traces"]
+    (trace,) = output.report.to_dict()["traces"]
     assert trace["updates"] == 2 and set(trace["steps"][1]["evaluations"][0]["losses"]) == {
         "segregation", "retention", "binding",
     }  # fmt: skip

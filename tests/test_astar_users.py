@@ -24,7 +24,7 @@ def seeds(count):
 
 
 def losses(report, trace=0):
-    return report.to_json()["traces"][trace]["steps"][-1]["evaluations"][-1]["losses"]
+    return report.to_dict()["traces"][trace]["steps"][-1]["evaluations"][-1]["losses"]
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def test_a_control_acts_on_its_own_images_alone():
     with attach(pipe, Segregation("cat", "dog", images=1, relative=0.1)) as run:
         found = tiny.draw(pipe, ["a cat and a dog"] * 3)
     assert torch.equal(found[0], plain[0]) and torch.equal(found[2], plain[2]) and not close(found[1], plain[1])
-    assert run.report.to_json()["traces"][0]["image_forwards"] == 2
+    assert run.report.to_dict()["traces"][0]["image_forwards"] == 2
     with attach(pipe, Segregation("cat", "dog", images=(2, 0, 1), relative=0.1)):
         every = tiny.draw(pipe, ["a cat and a dog"] * 3)
     with attach(pipe, Segregation("cat", "dog", relative=0.1)):
@@ -101,10 +101,10 @@ def test_a_look_ahead_is_of_the_images_that_are_asked_for():
     prompts = ["a cat and a dog"] * 3
     with attach(pipe, Segregation("cat", "dog", **settings)) as run:
         tiny.draw(pipe, prompts)
-    every = run.report.to_json()["traces"][0]["look_ahead"]
+    every = run.report.to_dict()["traces"][0]["look_ahead"]
     with attach(pipe, Segregation("cat", "dog", images=(2, 0), **settings)) as run:
         tiny.draw(pipe, prompts)
-    some = run.report.to_json()["traces"][0]["look_ahead"]
+    some = run.report.to_dict()["traces"][0]["look_ahead"]
     assert every["forwards"] == some["forwards"] == 3 and some["seen"][1] is None
     assert some["seen"][0] == pytest.approx(every["seen"][0], abs=1e-5)
     assert some["seen"][2] == pytest.approx(every["seen"][2], abs=1e-5)
@@ -119,7 +119,7 @@ def test_a_picture_with_a_region_is_never_left_alone(settings):
     control = Retention("dog", masks={"cat": LEFT}, **settings)
     with attach(pipe, control) as run:
         tiny.draw(pipe, prompts)
-    moved = [update for step in run.report.to_json()["traces"][0]["steps"] for update in step["updates"]]
+    moved = [update for step in run.report.to_dict()["traces"][0]["steps"] for update in step["updates"]]
     assert [update["images"] for update in moved] == [[0], [0]]
 
 
@@ -129,7 +129,7 @@ def test_regions_have_a_weight_of_their_own():
     def drawn(**settings):
         with attach(pipe, AStar("cat", "dog", masks={"cat": LEFT}, **settings)) as run:
             latents = tiny.draw(pipe)
-        return latents, run.report.to_json()["traces"][0]["steps"][0]["evaluations"][0]
+        return latents, run.report.to_dict()["traces"][0]["steps"][0]["evaluations"][0]
 
     both, read = drawn()
     assert read["losses"]["retention"]["dog"] == [None] and read["losses"]["retention"]["cat"][0] > 0
@@ -267,7 +267,7 @@ def test_pipelines_whose_first_argument_is_a_picture():
         "a cat and a dog", ["cat", "dog"], generator=seeds(1), max_area=32 * 48, _auto_resize=False,
         image=torch.rand(1, 3, 32, 48), **settings,
     )  # fmt: skip
-    assert found.report.to_json()["traces"][0]["updates"] == 2
+    assert found.report.to_dict()["traces"][0]["updates"] == 2
 
 
 # --- on the command line ----------------------------------------------------------------------------------------------

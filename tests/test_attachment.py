@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 
 import pytest
 import tiny
@@ -185,7 +186,7 @@ def test_report_says_what_acts_where():
     assert report.family == "UNet" and report.calls == 3
     names = [f"mid_block.attentions.0.transformer_blocks.0.attn{i}" for i in (1, 2)]
     assert report.sites == (("Identity", tuple(names)), ("Push", ()))
-    assert str(report) == "UNet, 3 denoiser calls\nIdentity: 2 sites\nPush: 0 sites"
+    assert str(report) == "UNet, 3 denoiser calls (forwards: 6.0 main)\nIdentity: 2 sites\nPush: 0 sites"
 
 
 def test_control_without_anything_is_allowed():
@@ -268,3 +269,31 @@ def test_maps_of_a_subclass_are_found():
     with attach(pipe, Mine("cat")) as run:
         tiny.draw(pipe)
     assert run.maps["cat"].shape[0] == 1
+
+
+def test_a_report_is_a_dict_and_json():
+    from attnctl.processors import Segregation
+
+    pipe = tiny.sd1()
+    with attach(pipe, Segregation("cat", "dog")) as run:
+        tiny.draw(pipe, ["a cat and a dog"], steps=2)
+    told = run.report.to_dict()
+    assert told["traces"][0]["control"] == "Segregation" and json.loads(run.report.to_json()) == told
+
+
+def test_what_is_printed_of_an_attachment_is_short_and_tells_something():
+    from attnctl.processors import Segregation
+
+    pipe = tiny.sd1()
+    with attach(pipe, Segregation("cat", "dog"), TokenMaps()) as run:
+        assert repr(run) == "<Attachment of Segregation, TokenMaps on StableDiffusionPipeline, nothing drawn yet>"
+        tiny.draw(pipe, ["a cat and a dog", "a dog and a cat"], steps=2)
+        assert repr(run) == "<Attachment of Segregation, TokenMaps on StableDiffusionPipeline, 2 denoiser calls>"
+    assert repr(run).startswith("<Attachment, released, of Segregation, TokenMaps")
+    assert repr(run.run) == "<Run of StableDiffusionPipeline, 2 images, 2 of 2 denoiser calls, 'a cat and a dog' ...>"
+    assert repr(run.maps) == "<Maps of 2 images, 7 sites, words: a#1, cat, and, a#2, dog>"
+    with attach(pipe) as run:
+        assert repr(run) == "<Attachment of no control on StableDiffusionPipeline, nothing drawn yet>"
+    with attach(pipe, TokenMaps("cat")) as run:
+        tiny.draw(pipe, ["a cat"], steps=1)
+    assert repr(run.run) == "<Run of StableDiffusionPipeline, 1 image, 1 of 1 denoiser calls, 'a cat'>"

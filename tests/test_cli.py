@@ -1,6 +1,7 @@
 """The command line, run in this process on a tiny pipeline in a folder."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from attnctl.sites import select
 
 WORDS = "a cat and a dog"
 KNOWN = cli.known_controls
+HERE = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}  # this checkout, also where another is installed
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ def test_plain_picture_says_where_it_is_and_holds_its_recipe(generate, somewhere
     assert picture.size == (24, 16)
     assert (known.prompt, known.seed, known.steps, known.width, known.height) == (WORDS, 3, 2, 24, 16)
     assert (known.model, known.controls, known.shows) == (str(tiny), (), "plain")
+    told = f"{WORDS}\nSteps: 2, Sampler: DDIM, CFG scale: 7.5, Seed: 3, Size: 24x16, Model: tiny"
+    assert picture.info["parameters"] == told
     assert known.guidance == 7.5 and known.device == "cpu" and known.versions["attnctl"] == attnctl.__version__
 
 
@@ -241,7 +245,7 @@ class Reading:
     def __str__(self):
         return "a cat" if self.things else "nothing"
 
-    def to_json(self):
+    def to_dict(self):
         return {"things": self.things}
 
 
@@ -286,14 +290,19 @@ def test_an_embedded_model_is_judged_and_its_things_are_found(run, judge, tiny, 
         (["--size", "26x16"], "have to be divisible by 8"),  # the pipeline's own check
         (["--size", "16"], "--size 16: write it as WIDTHxHEIGHT"),
         (["--size", "0x16"], "size 0x16"),
-        (["--control", "nonesuch(cat)"], "unknown control 'nonesuch'; there are: damp(*phrases, strength=0.5)"),
-        (["--control", "damp(cat, weight=1)"], "there is no setting 'weight'; it is written damp("),
+        (["--size", "100000x100000"], "--size 100000x100000: a side has at most 8192 pixels"),
+        (["--size", "8x8194"], "--size 8x8194: a side has at most 8192 pixels"),
+        (["--size", "9" * 5000 + "x8"], "at most 8192 pixels"),
+        (["--control", "nonesuch(cat)"], "unknown control 'nonesuch'; there are damp"),
+        (["--control", "damp(cat, weight=1)"], "there is no setting 'weight'; there are strength"),
         (["--control", "damp(cat, strength=strong)"], "strength = strong does not fit"),
         (["--control", "damp(lion)"], "'lion'"),
         (["--compare"], "--compare has nothing to compare with"),
         (["--subjects", "cat"], "at least two phrases"),
         (["--subjects", "cat, dog", "--control", "damp(cat)"], "give one of the two"),
-        (["--steps", "0"], "--steps 0: at least 1"),
+        (["--steps", "0"], "--steps 0: from 1 to 10000"),
+        (["--threads", "0"], "--threads 0: from 1 to 1024"),
+        (["--threads", "1000000"], "--threads 1000000: from 1 to 1024"),
         (["--count", "0"], "--count 0: at least 1"),
         (["--count", "many"], "valid integer"),
         (["--seed", "-1"], "--seed -1"),
@@ -311,6 +320,19 @@ def test_bad_request(generate, somewhere, words, said):
     assert (code, out, len(err)) == (2, [], 1), err
     assert err[0].startswith("attnctl: ") and said in err[0]
     assert [path.name for path in somewhere.iterdir()] == ["file"]
+
+
+def test_latents_that_are_not_finite_are_an_error_that_names_the_control(generate, somewhere, monkeypatch):
+    monkeypatch.setattr(cli, "known_controls", KNOWN)
+    code, out, err = generate("--control", "segregation(cat, dog, strength=1e30)")
+    assert (code, out, len(err)) == (2, [], 1) and list(somewhere.iterdir()) == []
+    assert "Segregation" in err[0] and "not finite" in err[0] and "strength" in err[0]
+
+
+def test_a_picture_that_is_not_finite_is_an_error(generate, somewhere):
+    code, out, err = generate("--control", "damp(cat, strength=1e38)")
+    assert (code, out, len(err)) == (2, [], 1) and list(somewhere.iterdir()) == []
+    assert "the picture is not finite" in err[0] and "Damp" in err[0]
 
 
 def test_a_trace_is_data_and_pictures(generate, monkeypatch):
@@ -346,6 +368,118 @@ def test_subjects_are_read_from_the_prompt(generate, monkeypatch):
     assert code == 2 and "names one thing, 'cat'" in err[0]
 
 
+@pytest.mark.parametrize(
+    ("control", "filled"),
+    [
+        ("segregation", "segregation(red cat, dog)"),
+        ("AStar()", "AStar(red cat, dog)"),
+        ("excitation(strength=0.5)", "excitation(red cat, dog, strength=0.5)"),
+        ("retention", "retention(red cat, dog)"),
+    ],
+)
+def test_a_control_without_phrases_reads_them_from_the_prompt(generate, monkeypatch, control, filled):
+    monkeypatch.setattr(cli, "known_controls", KNOWN)
+    code, out, err = generate("--control", control, "--steps", 1, prompt="a red cat and a dog")
+    assert code == 0 and err == [f"attnctl: the prompt names red cat, dog: {filled}"]
+    assert recipe.read(Path(out[-1]))[1].controls == (filled,)
+
+
+def test_a_control_without_phrases_on_an_embedded_model_knows_its_things(run, judge, tiny, monkeypatch):
+    from attnctl import loading, subjects
+
+    monkeypatch.setattr(loading, "MODELS", tiny.parent)
+    monkeypatch.setattr(cli, "known_controls", KNOWN)
+    monkeypatch.setattr(subjects, "read_subjects", lambda _: pytest.fail("no tagger is needed here"))
+    code, out, err = run("generate", WORDS, "--model", "tiny", "--steps", 1, "--control", "segregation(strength=0.5)")
+    assert code == 0 and err == ["attnctl: the prompt names cat, dog: segregation(cat, dog, strength=0.5)"]
+
+
+def test_a_control_without_phrases_says_what_it_lacks(generate, monkeypatch):
+    monkeypatch.setattr(cli, "known_controls", KNOWN)
+    code, out, err = generate("--control", "segregation", prompt="a cat")
+    assert (code, out, len(err)) == (2, [], 1) and "the prompt names one thing, 'cat'; two are kept apart" in err[0]
+    code, out, err = generate("--control", "retention", "--steps", 1, prompt="a cat")
+    assert code == 0 and err == ["attnctl: the prompt names cat: retention(cat)"]
+    code, out, err = generate("--control", "retention(masks={cat: [0, 0, 0.5, 1]})", "--steps", 1)
+    assert (code, err) == (0, [])
+    code, out, err = generate("--control", "binding", "--steps", 1)
+    assert code == 2 and "a modifier and its noun" in err[0]
+
+
+def test_a_picture_left_alone_says_so(generate, run, monkeypatch):
+    monkeypatch.setattr(cli, "known_controls", KNOWN)
+    asked = ("--compare", "--trace", "--control", "segregation(cat, dog, look_ahead=1, seen={})")
+    code, out, err = generate(*asked[:-1], asked[-1].format("1e-6"))
+    assert (code, err) == (0, [])
+    assert out[0] == "controlled  left alone by Segregation, which looked ahead and saw every phrase"
+    trace = json.loads(next(Path(line) for line in out if line.endswith("trace.json")).read_text())
+    assert trace["traces"][0]["look_ahead"]["left_alone"] == [0]
+    sheet = Image.open(out[-1])
+    assert run("reproduce", out[-1])[1][-1] == "bit-identical"
+    with monkeypatch.context() as patch:
+        from attnctl import drawing
+
+        patch.setattr(drawing, "_left_alone", lambda *_: ())  # what the sheet says is in its caption
+        _, silent, _ = generate(*asked[:-1], asked[-1].format("1e-6"), "--out", "silent")
+        assert Image.open(silent[-1]).tobytes() != sheet.tobytes()
+    code, out, err = generate(*asked[:-1], asked[-1].format("1"))
+    assert not any("left alone" in line for line in out)
+    trace = json.loads(next(Path(line) for line in out if line.endswith("trace.json")).read_text())
+    assert trace["traces"][0]["look_ahead"]["left_alone"] == []
+
+
+@pytest.mark.parametrize("masks", ["{cat: %s}", "{'cat': '%s'}", "[[cat, %s]]", '(("cat", "%s"),)'])
+def test_a_mask_file_is_named_on_the_command_line(generate, run, somewhere, monkeypatch, masks):
+    monkeypatch.setattr(cli, "known_controls", KNOWN)
+    left = Image.new("L", (16, 16))
+    left.paste(255, (0, 0, 8, 16))
+    left.save("left half.png")
+
+    def pixels(masks):
+        code, out, err = generate("--control", f"retention(cat, dog, masks={masks})", "--compare")
+        assert (code, err) == (0, [])
+        return recipe.read(Path(out[1]))[1].pixels, out[-1]
+
+    drawn, sheet = pixels(masks % "left half.png")
+    assert drawn == pixels("{cat: [0, 0, 0.5, 1]}")[0]
+    Path("left half.png").unlink()  # the recipe holds what was in it
+    assert run("reproduce", sheet)[:2] == (0, ["bit-identical"])
+
+
+def test_a_mask_file_that_is_not_there(generate, monkeypatch):
+    monkeypatch.setattr(cli, "known_controls", KNOWN)
+    code, out, err = generate("--control", "retention(cat, masks={cat: nowhere.png})")
+    assert (code, out, len(err)) == (2, [], 1) and "cannot read the picture nowhere.png" in err[0]
+
+
+@pytest.fixture
+def threads():
+    """As many of torch's threads as there were, whatever a test does."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield torch.get_num_threads
+    torch.set_num_threads(before)
+
+
+def test_an_embedded_model_draws_with_one_thread_unless_told(run, judge, tiny, monkeypatch, threads):
+    from attnctl import loading
+
+    monkeypatch.setattr(loading, "MODELS", tiny.parent)
+
+    def used(*words):
+        code, out, err = run("generate", WORDS, "--steps", 1, *words)
+        assert (code, err) == (0, [])
+        assert run("reproduce", out[-1])[:2] == (0, ["bit-identical"])
+        return recipe.read(Path(out[-1]))[1].threads, threads()
+
+    assert used("--model", "tiny") == (1, 1)
+    assert used("--model", "tiny", "--threads", 2) == (2, 2)
+    assert used("--model", tiny) == (2, 2)
+    assert used("--model", tiny, "--threads", 1) == (1, 1)
+
+
 def test_controls_are_listed_and_explained(run, monkeypatch):
     monkeypatch.setattr(cli, "known_controls", KNOWN)
     code, out, err = run("controls")
@@ -353,7 +487,7 @@ def test_controls_are_listed_and_explained(run, monkeypatch):
     code, whole, err = run("controls", "Segregation")
     assert (code, err) == (0, []) and any("window: part of the schedule" in line for line in whole)
     code, out, err = run("controls", "nope")
-    assert (code, out, len(err)) == (2, [], 1) and "unknown control 'nope'; there are: astar(" in err[0]
+    assert (code, out, len(err)) == (2, [], 1) and "unknown control 'nope'; there are astar, " in err[0]
 
 
 def test_a_negative_prompt_without_guidance_is_told(generate):
@@ -421,6 +555,70 @@ def test_a_picture_that_is_not_ours(run, somewhere):
     assert [path.name for path in somewhere.iterdir()] == ["bare.png"]
 
 
+def rewritten(path, **changes):
+    """The PNG at `path` with a recipe that somebody has changed; of the same pixels."""
+    picture, known = recipe.read(Path(path))
+    info = recipe.PngInfo()
+    info.add_itxt(recipe.CHUNK, json.dumps(json.loads(known.to_json()) | changes))
+    picture.save("changed.png", pnginfo=info)
+    return "changed.png"
+
+
+def test_a_recipe_with_a_million_threads_is_refused(generate, run):
+    code, out, err = run("reproduce", rewritten(generate()[1][0], threads=1_000_000))
+    assert (code, out, len(err)) == (2, [], 1) and "threads is 1000000, not a whole number from 1 to 1024" in err[0]
+
+
+EVIL = "\x1b[2J\x1b]0;gone\x07\r\nattnctl: all is well\x9b31m\u202e"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"versions": {f"torch{EVIL}": EVIL}},
+        {"weights": EVIL, "model": None},
+        {"model": EVIL},
+        {"device": f"cpu{EVIL}"},
+        {"dtype": EVIL},
+        {"controls": [EVIL], "shows": "controlled"},
+        {"controls": [f"damp(cat, {EVIL})"], "shows": "controlled"},
+        {"maps": [EVIL], "shows": "maps"},
+        {"shows": EVIL},
+        {EVIL: 1, "seed": EVIL},
+    ],
+)
+def test_text_from_a_file_says_nothing_to_the_terminal(generate, run, tiny, monkeypatch, capfd, changes):
+    drawn = generate()[1][0]
+    more = []
+    if "model" in changes and changes["model"] is None:
+        changes = changes | {"model": f"{tiny}{EVIL}"}
+        more = ["--model", tiny]
+    monkeypatch.setattr(sys, "argv", ["attnctl", "reproduce", rewritten(drawn, **changes), *map(str, more)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = "".join(capfd.readouterr())
+    assert said and all(char.isprintable() or char == "\n" for char in said), said
+    assert all(line.startswith(("attnctl: ", "differs: ", "bit-identical")) for line in said.splitlines())
+    assert not any(line.startswith("attnctl: all is well") for line in said.splitlines())
+
+
+@pytest.mark.parametrize("module", ["typer", "torch", "diffusers"])
+def test_an_interrupt_during_imports_is_one_line(somewhere, module):
+    script = f"""
+import sys, runpy
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Stop())
+sys.argv = ["attnctl", "generate", "a cat"]
+import attnctl.__main__
+attnctl.__main__.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=somewhere, env=HERE)
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "attnctl: interrupted")
+
+
 def test_a_bug_keeps_its_traceback(run, monkeypatch):
     monkeypatch.setattr(cli, "_checked", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -431,5 +629,7 @@ def test_help_and_version_import_nothing_heavy(somewhere):
     script = "import sys; from attnctl.cli import main\ntry: main()\nexcept SystemExit as stop: code = stop.code\n"
     script += "print(code, sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
     for words in (["--help"], ["generate", "--help"], ["--version"], ["generate", "a cat", "--size", "1"]):
-        done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, cwd=somewhere)
+        done = subprocess.run(
+            [sys.executable, "-c", script, *words], capture_output=True, text=True, cwd=somewhere, env=HERE
+        )
         assert done.stdout.splitlines()[-1] == ("2 []" if words[-1] == "1" else "0 []"), done.stderr

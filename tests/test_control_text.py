@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
@@ -74,6 +75,13 @@ def parse(text):
         ("pairs([cat, red car], [dog, 3])", Pairs(("cat", "red car"), ("dog", "3"))),
         ("pairs(cat, dog)", Pairs("cat", "dog")),
         ("boost(cat, dog)", Boost(("cat", "dog"))),
+        ("boost(cat, dog,)", Boost(("cat", "dog"))),
+        ('keepapart("cat", "dog", where=("cross",))', KeepApart("cat", "dog", where=("cross",))),
+        ("keepapart(cat, dog, window=[0, 0.5,],)", KeepApart("cat", "dog", window=(0.0, 0.5))),
+        (
+            "keepapart(cat, dog, where={cross: 1, 'a b': [2, x]})",
+            KeepApart("cat", "dog", where={"cross": 1, "a b": (2, "x")}),
+        ),
         ("blur", Blur()),
         ("blur()", Blur()),
         ("blur(2)", Blur(2.0)),
@@ -86,13 +94,12 @@ def test_read(text, control):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("segregate(cat, dog)", r"unknown control 'segregate'; there are blur, boost, keep_apart, pairs"),
+        ("keepapert(cat, dog)", r"unknown control 'keepapert'; did you mean keep_apart\?"),
+        ("keepapart(cat, dog, strengh=1)", r"no setting 'strengh'; did you mean strength\?"),
         (
-            "segregate(cat, dog)",
-            r"unknown control 'segregate'; there are: blur\(sigma=1.0\); boost\(\*phrases, weight=2.0\);",
-        ),
-        (
-            "keepapart(cat, dog, strengh=1)",
-            r"no setting 'strengh'; it is written keep_apart\(\*phrases, strength=1.0, until",
+            "keepapart(cat, dog, colour=1)",
+            r"no setting 'colour'; there are strength, until, norm, window, where, loud$",
         ),
         ("keepapart(cat, dog, strength=big)", r"strength = big does not fit: it takes float"),
         ("keepapart(cat, dog, strength=true)", r"does not fit"),
@@ -105,7 +112,7 @@ def test_read(text, control):
         ("boost([cat, dog])", r"phrases = .* does not fit"),
         ("pairs([cat, dog, bird])", r"a phrase = .* does not fit"),
         ("pairs([cat,, dog])", r"a value is empty"),
-        ("keepapart(cat)", r"at least two phrases; it is written"),
+        ("keepapart(cat)", r"at least two phrases$"),
         (
             "keepapart(cat, strength=1, dog)",
             r"'dog' stands after a setting; .* quoted or in brackets, such as strength='a, b'",
@@ -144,3 +151,48 @@ def test_text_that_is_nested_without_end_is_refused():
     for text in ("boost(" + "[" * 5000 + "]" * 5000 + ")", "boost(cat, weight=" + "-" * 100_000 + "1)"):
         with pytest.raises(ControlTextError):
             parse(text)
+
+
+def test_errors_are_one_short_line_that_names_the_nearest():
+    from attnctl.cli import known_controls
+
+    known = known_controls()
+    for text, said in [
+        ("segregatoin(cat, dog)", "did you mean segregation?"),
+        ("nonesuch(cat)", "there are astar, "),
+        ("astar(cat, dog, segregaton=2)", "did you mean segregation?"),
+        ("astar(cat, dog, colour=2)", "there are strength, "),
+        ("astar(cat, dog, strength=strong)", "strength = strong does not fit"),
+        ("perturb(heads=7, scal=2)", "did you mean scale?"),
+        (f"astar({'cat, ' * 400}dog, colour=2)", "no setting 'colour'"),
+        (f"astar(cat, dog, strength={'x' * 400})", "does not fit"),
+        (f"astar({'(' * 10}{'cat, ' * 400})", "cannot read"),
+        (f"{'x' * 500}(cat)", "unknown control"),
+    ]:
+        with pytest.raises(ControlTextError) as error:
+            parse_control(text, known)
+        assert said in str(error.value) and len(str(error.value)) < 300, str(error.value)
+    from attnctl.processors import AStar
+
+    with pytest.raises(TypeError, match="no setting 'segregaton'; did you mean segregation"):
+        AStar("cat", "dog", segregaton=1)
+
+
+def test_what_the_list_of_controls_prints_can_be_parsed():
+    from attnctl.cli import known_controls
+    from attnctl.control_text import summary
+
+    known = known_controls()
+    for cls in known.values():
+        masks = "masks=[[black cat, [0, 0, 0.5, 1]], [brown dog, [0.5, 0, 1, 1]]]"
+        text = describe(cls).replace("*phrases", "black cat, brown dog").replace("(masks,", f"({masks},")
+        parse_control(text, known)
+        whole = " ".join(summary(cls, whole=True).split())
+        for call in re.findall(rf"(?:{'|'.join(known)})\([^)]*\)", whole):
+            parse_control(call, known)
+        for settings in re.findall(r"`(\w+=[^`]*)`", whole):
+            parse_control(
+                f"{cls.__name__}({'black cat, brown dog, ' * ('*phrases' in describe(cls))}{settings})", known
+            )
+        for name, example in re.findall(r"(\w+): [^:]*such as (\([^)]*\))", whole):
+            parse_control(f"{cls.__name__}(black cat, brown dog, {name}={example})", known)

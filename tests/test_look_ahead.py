@@ -110,6 +110,7 @@ def test_what_is_sound_is_left_alone_bit_for_bit_and_the_rest_gets_all_updates(f
     trace = attachment.run.state(control)
     assert [update.images for update in trace.updates] == [(worse,)] * 3
     assert torch.equal(drawn[1 - worse], plain[1 - worse])
+    assert trace.foreseen.alone == (1 - worse,) and f"image {1 - worse} left alone" in str(trace)
     close = 1e-5 * float(all_moved[worse].abs().max())
     torch.testing.assert_close(drawn[worse], all_moved[worse], atol=close, rtol=1e-3)
 
@@ -117,8 +118,9 @@ def test_what_is_sound_is_left_alone_bit_for_bit_and_the_rest_gets_all_updates(f
     with attach(pipe, control) as attachment:
         untouched = tiny.draw(pipe, texts, steps=3)
     assert torch.equal(untouched, plain)
-    told = attachment.report.to_json()["traces"][0]
+    told = attachment.report.to_dict()["traces"][0]
     assert told["forwards"] == 0 and told["look_ahead"]["step"] == 0 and len(told["look_ahead"]["seen"]) == 2
+    assert told["look_ahead"]["left_alone"] == [0, 1]
     assert "no update, for all phrases are seen ahead" in str(attachment.report)
 
 

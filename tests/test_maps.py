@@ -1,6 +1,7 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -13,6 +14,7 @@ from attnctl.errors import ControlError, NoSiteError, PhraseError
 from attnctl.maps import Maps, TokenMaps, join_grids, with_text
 from attnctl.probabilities import Listener, call_maps, direct, known, one_hot, token_maps
 from attnctl.prompts import TextStream
+from attnctl.sheets import GAP, grid
 from attnctl.sites import Site
 
 CROSS = Site("mid.attn2", "cross", 4, 8, 1, 1)
@@ -339,10 +341,17 @@ def test_heat_glows_where_the_map_is_high():
     assert x < 10 and y >= 20
 
 
+def test_heat_has_the_colours_of_matplotlib():
+    from matplotlib import colormaps
+
+    values = torch.tensor([[0.0, 1.0]])
+    drawn = np.asarray(heatmaps.heat(values, (2, 1)))
+    assert (drawn[0] == colormaps["inferno"]([0.0, 1.0], bytes=True)[:, :3]).all()
+
+
 def test_a_sheet_has_one_titled_picture_per_map():
     picture = Image.new("RGB", (60, 40), (200, 40, 40))
-    page = heatmaps.sheet(
-        picture, {"cat": torch.rand(4, 6), "a very long phrase that cannot fit" * 3: torch.rand(4, 6)}
-    )
-    assert page.width == 3 * (60 * 5 + heatmaps.GAP) + heatmaps.GAP and page.height > 200
-    assert page.getpixel((heatmaps.GAP + 5, page.height // 2)) == (200, 40, 40)
+    words = {"cat": torch.rand(4, 6), "a very long phrase that cannot fit" * 3: torch.rand(4, 6)}
+    page = grid([heatmaps.cells(picture, words)])
+    assert page.width == 3 * (60 * 5 + GAP) + GAP and page.height > 200
+    assert page.getpixel((GAP + 5, page.height // 2)) == (200, 40, 40)

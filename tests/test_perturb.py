@@ -275,7 +275,7 @@ def test_beside_segregation(family):
     with attach(pipe, Perturb("1"), Segregation("cat", "dog", relative=0.1)) as run:
         both = tiny.draw(pipe)
     assert differs(both, drawn[0]) and differs(both, drawn[1])
-    assert len(run.report.traces) == 2 and run.report.to_json()["passes"]["main"] == 4
+    assert len(run.report.traces) == 2 and run.report.to_dict()["passes"]["main"] == 4
 
 
 def test_window_costs_nothing_outside():
@@ -469,7 +469,7 @@ def test_report_says_what_was_spent_and_what_it_did():
         tiny.draw(pipe, steps=3)
     report = run.report
     assert report.passes == {"main": 6.0, "perturb": pytest.approx(3 * 2 / 3)}
-    (trace,) = report.to_json()["traces"]
+    (trace,) = report.to_dict()["traces"]
     assert trace["control"] == "Perturb" and trace["heads"] == ["1:1"] and len(trace["effects"]) == 3
     assert 0 < trace["effect"] < 1
     assert "heads 1:1, effect" in str(report) and "2.0 perturb" in str(report)

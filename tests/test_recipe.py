@@ -134,7 +134,8 @@ def test_weights_hash_sees_every_module_and_every_type():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("threads", 0), ("threads", "x"), ("controls", None), ("shows", "foo"), ("shows", []), ("versions", [])]
+    [("threads", 0), ("threads", "x"), ("threads", 1_000_000), ("width", 100_000), ("height", 8193), ("steps", 10**9)]
+    + [("controls", None), ("shows", "foo"), ("shows", []), ("versions", [])]
     + [("model", 3), ("seed", "1"), ("seed", -1), ("seed", True), ("steps", "abc"), ("guidance", "3"), ("width", 0)],
 )
 def test_a_recipe_of_wrong_types_is_refused(name, value):
@@ -142,3 +143,40 @@ def test_a_recipe_of_wrong_types_is_refused(name, value):
     with pytest.raises(RecipeError, match=f"the recipe cannot be read: {name} is "):
         Recipe.from_json(text)
     assert Recipe.from_json(RECIPE.to_json()) == RECIPE
+
+
+def test_a_picture_gets_the_rights_that_the_process_gives(tmp_path, monkeypatch):
+    import os
+
+    before = os.umask(0o027)
+    try:
+        monkeypatch.setattr(recipes.os, "umask", lambda _: pytest.fail("other threads would make files meanwhile"))
+        save(picture(), tmp_path / "one.png", RECIPE)
+    finally:
+        monkeypatch.undo()
+        os.umask(before)
+    assert (tmp_path / "one.png").stat().st_mode & 0o777 == 0o640
+
+
+def test_other_tools_read_the_settings(tmp_path):
+    save(picture(), tmp_path / "one.png", replace(RECIPE, negative="a bird,\nblue", sampler="DDIM"))
+    assert Image.open(tmp_path / "one.png").info["parameters"] == (
+        "a cät “and” a dog\nNegative prompt: a bird,\nblue\n"
+        "Steps: 20, Sampler: DDIM, CFG scale: 5, Seed: 1099511627776, Size: 128x96, Model: glyph-sd"
+    )
+    save(picture(), tmp_path / "two.png", replace(RECIPE, width=None, height=None, guidance=None, shows="plain"))
+    assert Image.open(tmp_path / "two.png").info["parameters"] == (
+        "a cät “and” a dog\nSteps: 20, Seed: 1099511627776, Size: 12x8, Model: glyph-sd"
+    )
+    named = replace(RECIPE, model="/models/a, b: c\nd", width=None, height=None, shows="maps")
+    save(picture(), tmp_path / "three.png", named)
+    assert Image.open(tmp_path / "three.png").info["parameters"].endswith(', Model: "a, b: c\\nd"')
+
+
+def test_a_recipe_of_before_there_were_samplers_is_read():
+    content = json.loads(RECIPE.to_json())
+    del content["sampler"]
+    assert Recipe.from_json(json.dumps(content)) == RECIPE
+    for wrong in (3, []):
+        with pytest.raises(RecipeError, match="sampler is"):
+            Recipe.from_json(json.dumps(content | {"sampler": wrong}))

@@ -174,7 +174,7 @@ def test_biases_are_made_once_for_a_shape():
     ("make", "said"),
     [
         (lambda: Regions({}), "at least one region"),
-        (lambda: Regions({"cat": "left"}), "a region is a box"),
+        (lambda: Regions({"cat": 5}), "a region is a box"),
         (lambda: Regions([("cat", LEFT), ("cat", RIGHT)]), "each phrase once"),
         (lambda: Regions({"cat": LEFT}, strength=2), "strength is from 0 to 1"),
         (lambda: Regions({"cat": LEFT}, inside=-1), "inside from 0"),

@@ -21,7 +21,7 @@ def test_a_box_in_pixels_is_the_same_box():
     for grid in ((4, 6), (5, 7), (16, 24)):
         torch.testing.assert_close(shares.on(grid, SIZE), pixels.on(grid, SIZE))
     assert Region((0, 0, 1, 1)).on((3, 5), SIZE).eq(1).all()
-    assert Region((48, 0, 500, 500)).on((2, 2), SIZE).tolist() == [[0, 1], [0, 1]]
+    assert Region((48, 0, 96, 64)).on((2, 2), SIZE).tolist() == [[0, 1], [0, 1]]
 
 
 @pytest.mark.parametrize("grid", [(4, 6), (3, 7), (64, 96), (100, 130)])
@@ -61,7 +61,9 @@ def test_regions_compare_by_what_they_are():
     [
         ((0.5, 0, 0.2, 1), "left < right"),
         ((0, 0, 1), "a region is a box"),
-        ("left", "a region is a box"),
+        ("left", "cannot read the picture left of a region: there is no such file"),
+        ((0, 0, 0.5, 64), "a box is in shares of the picture or in pixels, not in both"),
+        ((0.25, 0, 48, 64), "not in both"),
         (None, "a region is a box"),
         (torch.zeros(4, 4), "an empty region"),
         (Image.new("RGBA", (4, 4)), "an empty region"),
@@ -74,6 +76,44 @@ def test_regions_compare_by_what_they_are():
 def test_what_is_no_region(what, said):
     with pytest.raises(ControlError, match=said):
         Region(what)
+
+
+def test_a_box_in_pixels_of_another_picture():
+    with pytest.raises(ControlError, match=r"ends beyond the picture, which is 96 x 64"):
+        Region((0, 0, 64, 128)).on((4, 6), SIZE)
+    assert Region((0, 0, 64, 64)).on((1, 3), SIZE).tolist() == [[1, 1, 0]]
+
+
+def test_a_mask_of_zeros_and_ones_in_bytes():
+    mask = np.zeros((4, 6), np.uint8)
+    mask[:2] = 1
+    assert Region(mask).on((2, 1), SIZE).tolist() == [[1], [0]]
+    assert Region(mask * 255) == Region(mask)
+
+
+def test_a_mask_in_a_file(tmp_path):
+    mask = np.zeros((4, 6), np.uint8)
+    mask[:2] = 255
+    Image.fromarray(mask).save(tmp_path / "a mask.png")
+    for name in (tmp_path / "a mask.png", str(tmp_path / "a mask.png")):
+        assert Region(name) == Region(mask)
+    (tmp_path / "text.png").write_text("text")
+    with pytest.raises(ControlError, match="it is not a whole picture"):
+        Region(tmp_path / "text.png")
+    with pytest.raises(ControlError, match="cannot read the picture .*: there is no such file"):
+        Region(tmp_path / "none.png")
+
+
+def test_a_mask_as_text_is_the_same_mask(tmp_path):
+    from attnctl.regions import written
+
+    mask = np.arange(24, dtype=np.uint8).reshape(4, 6) * 10
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    text = written(str(tmp_path / "mask.png"))
+    assert text.startswith("data:image/png;base64,") and Region(text) == Region(mask)
+    assert written(text) == text
+    with pytest.raises(ControlError, match="it is not a whole picture"):
+        Region(text[:60])
 
 
 def test_a_box_beside_the_picture():

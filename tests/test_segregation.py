@@ -14,10 +14,12 @@ from attnctl.errors import ControlError, PhraseError
 from attnctl.processors import Control, Segregation, TokenMaps
 from attnctl.processors.losses import segregation_loss
 from attnctl.processors.map_gradient import (
+    Wanted,
     phrase_maps,
     read_maps,
     step_size,
 )
+from attnctl.processors.segregation import Apart
 
 
 def test_settings_out_of_range():
@@ -31,7 +33,7 @@ def test_settings_out_of_range():
     ):  # fmt: skip
         with pytest.raises(ControlError):
             Segregation("cat", "dog", **settings)
-    with pytest.raises(TypeError, match="no setting 'strenght'; it has strength, maps"):
+    with pytest.raises(TypeError, match="no setting 'strenght'; did you mean strength"):
         Segregation("cat", "dog", strenght=1.0)
     one = Segregation("cat", ("cat", "dog"), strength=0.5)
     assert one.phrases == ("cat", ("cat", "dog")) and one == Segregation("cat", ("cat", "dog"), strength=0.5)
@@ -261,3 +263,30 @@ def test_a_phrase_that_is_part_of_a_longer_one_is_not_asked_for_again():
         attach(pipe, Segregation("red cat", "cat")),
     ):
         tiny.draw(pipe, texts[0])
+
+
+def test_many_phrases_are_set_up_at_once(monkeypatch):
+    from torch.overrides import TorchFunctionMode
+
+    from attnctl import prompts
+
+    class Count(TorchFunctionMode):
+        calls = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            Count.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    names = tuple(f"word{k}" for k in range(64))
+    found = torch.eye(64)[None].repeat(2, 1, 1)
+    apart = Apart(names)
+    with Count():
+        useful = apart.begin(SimpleNamespace(prompts=["a", "b"]), names, [], Wanted(found[0], found[0], found, found))
+    assert len(apart.pairs) == 2016 and useful.all() and apart.present.all() and Count.calls < 200
+
+    read, spans = [], prompts._spans
+    monkeypatch.setattr(prompts, "_spans", lambda tokenizer, text: read.append(text) or spans(tokenizer, text))
+    pipe, texts = tiny.sd1(), ["a cat and a dog", "a red cat and a dog"]
+    with attach(pipe, Segregation("cat", "dog", "and"), TokenMaps("cat")):
+        tiny.draw(pipe, texts, steps=1)
+    assert sorted(read) == sorted(texts)

@@ -52,5 +52,5 @@ def test_the_pipeline_reads_subjects_and_says_which():
     settings = {"num_inference_steps": 1, "height": 16, "width": 16, "output_type": "latent"}
     output = astar(["a red cat and a dog", "a bird and a dog"], **settings)
     assert output.subjects == ("red cat", "dog", "bird")
-    assert {"red | cat"} == set(output.report.to_json()["traces"][0]["steps"][0]["evaluations"][0]["losses"]["binding"])
+    assert {"red | cat"} == set(output.report.to_dict()["traces"][0]["steps"][0]["evaluations"][0]["losses"]["binding"])
     assert astar("a cat and a dog", ["cat", "dog"], **settings).subjects == ("cat", "dog")

@@ -77,7 +77,7 @@ class Reading:
         colours = tuple(self.colour_of(concept) == colour if colour else None for concept, colour in prompt.things)
         return present, colours
 
-    def to_json(self) -> dict[str, list[dict[str, object]]]:
+    def to_dict(self) -> dict[str, list[dict[str, object]]]:
         """{"things": [{"concept", "colour", "box", "confidence"}]}, plain values; the masks are left out."""
         things: list[dict[str, object]] = [
             {

@@ -153,11 +153,11 @@ def test_satisfies(things, present, colours):
 
 
 def test_json_is_plain():
-    said = reading().to_json()
+    said = reading().to_dict()
     assert json.loads(json.dumps(said)) == said
     assert said["things"][0] == {"concept": "car", "colour": "red", "box": [0.1, 0.2, 0.5, 0.6], "confidence": 0.9877}
     assert said["things"][1]["colour"] is None
-    assert Reading(()).to_json() == {"things": []}
+    assert Reading(()).to_dict() == {"things": []}
 
 
 def test_boxes_are_of_the_largest_part():

@@ -1,0 +1,5 @@
+"""The most that a command or a recipe may ask for: more is a slip, or a file that means harm."""
+
+LARGEST = 8192  # pixels of a side
+THREADS = 1024
+STEPS = 10_000
