@@ -57,6 +57,18 @@ def test_importing_the_package_imports_nothing_heavy(tmp_path):
     assert run(sys.executable, "-c", script, cwd=tmp_path) == "[]\n"
 
 
+def test_a_script_beside_the_checkout_finds_the_installed_package(tmp_path):
+    """The checkout is a folder named attnctl, too, but no package. (`pip install -e` is not helped by that: its finder
+    comes after every folder on the path.)"""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/attnctl").symlink_to(ROOT / "attnctl")
+    (tmp_path / "above").mkdir()
+    (tmp_path / "above/attnctl").symlink_to(ROOT)
+    (tmp_path / "above/script.py").write_text("import attnctl; print(attnctl.__file__, attnctl.__version__)")
+    said = run(sys.executable, "script.py", cwd=tmp_path / "above", PYTHONPATH=str(tmp_path / "site"))
+    assert said == f"{tmp_path}/site/attnctl/__init__.py {attnctl.__version__}\n"
+
+
 def test_version_has_one_source():
     assert version("attnctl") == attnctl.__version__
 
