@@ -3,8 +3,9 @@
     python benchmarks/effect.py --controls none segregation --seeds 2
     python benchmarks/effect.py --subset
     python benchmarks/effect.py perturb
+    python benchmarks/effect.py regions
 
-The last is perturbation guidance on single things and pairs, see perturbation.py (`perturb --help`).
+The last two are perturbation guidance, see perturbation.py, and regions, see placing.py (`perturb --help`).
 All conditions draw from the same noise. Results are kept as they come: a killed run goes on where it was.
 """
 
@@ -399,6 +400,10 @@ def run() -> NoReturn:
         import perturbation
 
         command.run(perturbation.app, "effect perturb", sys.argv[2:])
+    if sys.argv[1:2] == ["regions"]:
+        import placing
+
+        command.run(placing.app, "effect regions", sys.argv[2:])
     command.run(app, "effect", repeated(sys.argv[1:]))
 
 

@@ -90,6 +90,12 @@ def test_readme_is_short():
     assert len(README.read_text().splitlines()) < 200
 
 
+def test_regions_of_the_readme():
+    scope = {"attnctl": attnctl, "pipe": tiny.sd1()}
+    exec(block("Regions("), scope)
+    assert min(scope["picture"].size) > 0
+
+
 def test_perturbation_of_the_readme(capsys):
     names = {"attnctl": attnctl, "pipe": tiny.sd3(num_layers=13, num_attention_heads=10, caption_projection_dim=80)}
     exec(block("soft_pag"), names)
