@@ -3,7 +3,7 @@
     python benchmarks/effect.py regions
     python benchmarks/effect.py regions --prompts 24
 
-A thing is in place if it is there and the middle of its box, as the judge sees it, lies in its region. Prompts are those of
+A thing is in place if it is there and the middle of its box, as the judge sees it, lies in its region. Prompts are from
 the report half of the benchmark, spread evenly; the halves (left and right, or top and bottom) change with the prompt.
 """
 
