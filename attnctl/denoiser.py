@@ -22,6 +22,11 @@ def named(denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     return {name: _snapshot(value) for name, value in (dict(zip(names, args, strict=False)) | kwargs).items()}
 
 
+def same_text(one: Tensor, other: Tensor) -> bool:
+    """Whether two embeddings are the same: one tensor, or the same numbers."""
+    return one is other or (one.shape == other.shape and torch.equal(one, other.to(one)))
+
+
 def spread(arguments: dict[str, Any], positional: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments by name, as they were given: the first so many without their names, which hooks of others may read."""
     names = list(arguments)

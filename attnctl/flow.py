@@ -36,6 +36,7 @@ class Flow:
     def __init__(self, wiring: Wiring) -> None:
         self.wiring = wiring
         self.heard: list[dict[str, Any]] | None = None  # what encode_prompt was given since the pipeline was called
+        self.encoded: list[list[Tensor]] = []  # what it returned, call by call: embeddings of texts
         self.run: Run | None = None
         self.sample: Sample | None = None  # of the step under way, until scheduler.step has taken its edits
         self.solved = 0  # calls of scheduler.step in this run
@@ -59,19 +60,22 @@ class Flow:
         bound = inspect.signature(type(self.wiring.pipe).encode_prompt).bind(self.wiring.pipe, *args, **kwargs)
         bound.apply_defaults()
         self.heard = [*(self.heard or []), bound.arguments]
-        return original(*args, **kwargs)
+        returned = original(*args, **kwargs)
+        parts = returned if isinstance(returned, tuple) else (returned,)
+        self.encoded.append([part for part in parts if isinstance(part, Tensor) and part.ndim == 3])
+        return returned
 
     def _arrive(self) -> None:
         """A pipeline call begins."""
         self.turn.begin(at_work=self.acting is not None or self.resting is not None)
         self.finish()
-        self.heard = []
+        self.heard, self.encoded = [], []
         self.wiring.refresh()
 
     def finish(self) -> None:
         """The run under way, if any, is over or was given up."""
         run, self.run, self.sample, self.heard = self.run, None, None, None
-        self.term, self.unguided = None, False
+        self.term, self.unguided, self.encoded = None, False, []
         if run is not None:
             with self._rest():
                 run.end()
@@ -123,7 +127,7 @@ class Flow:
         for attachment in wiring.attachments:
             attachment.latest = run
         extra = arguments.get("skip_layers") is not None
-        rows = calls.rows_of(run, raw.shape[0], self.branch and self.branch[0], extra)
+        rows = calls.rows_of(run, raw.shape[0], self._branch_of(text), extra)
         first = rows.cond is not None and not extra
         if first or self.sample is None:
             own, scale = rows.cond or slice(0, rows.total), calls.scale_of(family, pipe, timestep)
@@ -158,6 +162,18 @@ class Flow:
                         _check_finite(control, step)
         run.calls += first
         return step
+
+    def _branch_of(self, text: Any) -> str | None:
+        """Which half of guidance in two calls this is: by what was encoded, else by the `cache_context` we are in.
+
+        Some pipelines (FLUX image to image, inpainting, Kontext) name no context. They encode the prompt first, then
+        the negative one.
+        """
+        told = self.branch[0] if self.branch else None
+        if not isinstance(text, Tensor) or len(self.encoded) < 2 or self.wiring.family.branches != "sequential":
+            return told
+        positive, negative = (any(calls.same_text(text, one) for one in own) for own in self.encoded[:2])
+        return told if positive == negative else "cond" if positive else "uncond"
 
     def _start(self, arguments: dict[str, Any]) -> Run:
         wiring = self.wiring
