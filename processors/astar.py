@@ -1,20 +1,34 @@
 """A-STAR: segregation and retention together, in one gradient.
 
 A-STAR: Test-time Attention Segregation and Retention (Agarwal et al., ICCV 2023, arXiv 2306.14544), equation 4.
+
+What is ours: the paper acts at every step, we by default in the early ones only; what it leaves open (size of a step,
+sites, preparation of maps, how a mask is made) is a setting each. `AStar(..., preset="paper")` is as near to it as its
+text allows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import inf
+from typing import Any, ClassVar
 
 from attnctl.errors import ControlError
+from attnctl.run import Step
 
 from .binding import Bind, Bond, bonds_of, ends
 from .descent import MapDescent, check_phrases, phrases_first
 from .loss_terms import Loss
 from .losses import Rule
-from .retention import Keep, Masks, check_rule, regions
+from .retention import RULE, SHARE, Keep, Masks, check_rule, regions
+from .segregation import PRESETS as SEGREGATION
 from .segregation import Apart, every_pair
+
+PRESETS: dict[str, dict[str, Any]] = {
+    **SEGREGATION,
+    "paper": {**SEGREGATION["paper"], "rule": "half", "retention": 1.0},
+}
+"""Those of `Segregation`; as in the paper, retention has the weight 1. Its masks are where a map has half its peak."""
 
 
 @phrases_first
@@ -29,9 +43,13 @@ class AStar(MapDescent):
         bonds: modifiers and their nouns, such as ("red car",), see `Binding`: adds its loss (not in the paper).
         masks: regions for phrases, see `Retention`.
         rule, share: how masks are made of maps, see `Retention`.
-        segregation, retention, binding: weights of the losses. The paper has 1 and 1. At 0 a loss is left out.
+        segregation, retention, binding: weights of the losses, not negative; at 0 a loss is left out. The paper has 1
+            and 1; with so little retention, things change their size least (ours).
         placing: weight of retention for phrases with a region, which the paper does not set apart (ours). A picture
             with a region is never left alone, whatever a look ahead sees.
+        window: as for `MapDescent`; by default None, the early steps, or all steps if there are masks.
+        preset: "thorough", "down" or "paper", see `PRESETS`; settings beside it come first. It is not kept: the other
+            settings hold what it stands for.
 
     The other settings are those of `MapDescent`.
 
@@ -44,12 +62,16 @@ class AStar(MapDescent):
     phrases: tuple[str, ...]
     bonds: tuple[Bond, ...] = ()
     masks: Masks = ()
-    rule: Rule = "half"
-    share: float = 0.2
+    rule: Rule = RULE
+    share: float = SHARE
     segregation: float = 1.0
-    retention: float = 1.0
+    retention: float = 0.03
     binding: float = 1.0
     placing: float = 1.0
+    window: tuple[float, float] | None = None
+    preset: str | None = None
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
 
     def check(self) -> None:
         self._set(bonds=bonds_of(self.bonds), masks=regions(self.masks))
@@ -61,6 +83,9 @@ class AStar(MapDescent):
             raise ControlError(f"weights are numbers, not negative; they are {said}")
         self.losses()  # raises if there are none
         super().check()
+
+    def acts(self, step: Step) -> bool:
+        return (self.window is None and bool(self.masks and self.placing)) or super().acts(step)
 
     def losses(self) -> list[Loss]:
         found: list[Loss] = []

@@ -94,17 +94,17 @@ def test_at_the_end_of_the_schedule_there_is_nothing_ahead():
 def test_what_is_sound_is_left_alone_bit_for_bit_and_the_rest_gets_all_updates(family):
     pipe, texts = tiny.FAMILIES[family](), ["a cat and a dog", "a dog and a cat"]
     plain = tiny.draw(pipe, texts, steps=3)
-    watch = Segregation("cat", "dog", look_ahead=2, seen=1.0)
+    watch = Segregation("cat", "dog", look_ahead=2, seen=1.0, window=(0, 1))
     with attach(pipe, watch) as attachment:
         all_moved = tiny.draw(pipe, texts, steps=3)
     seen = attachment.run.state(watch).foreseen.seen
     assert seen.shape == (2,) and ((0 < seen) & (seen < 1)).all() and seen[0] != seen[1]
-    with attach(pipe, Segregation("cat", "dog")):
+    with attach(pipe, Segregation("cat", "dog", window=(0, 1))):
         always = tiny.draw(pipe, texts, steps=3)
     assert torch.equal(all_moved, always)
 
     worse = int(seen.argmin())
-    control = Segregation("cat", "dog", look_ahead=2, seen=float(seen.mean()))
+    control = Segregation("cat", "dog", look_ahead=2, seen=float(seen.mean()), window=(0, 1))
     with attach(pipe, control) as attachment:
         drawn = tiny.draw(pipe, texts, steps=3)
     trace = attachment.run.state(control)
