@@ -26,9 +26,8 @@ def bonds(prompts: Sequence[Prompt]) -> list[str]:
 # The controls' defaults and these settings were chosen on the development half. With look_ahead, a picture is touched
 # only if two large plain steps show a thing that the model hardly looks at. "seen" tells sound pictures of glyph-sd
 # from others; for another model it is another.
-LOOK: dict[str, Any] = {"look_ahead": 2, "seen": 0.26}
-EVERY: dict[str, Any] = {"window": (0.0, 0.5), "relative": 0.03}
-SET: dict[str, Any] = {**LOOK, **EVERY}
+EVERY: dict[str, Any] = {"window": (0.0, 0.5), "relative": 0.03, "look_ahead": 0}
+SET: dict[str, Any] = {**EVERY, "look_ahead": 2, "seen": 0.26}
 # Attend-and-Excite's schedule, its thresholds at the same parts of 20 steps as of 50.
 THEIRS: dict[str, Any] = {"relative": None, "window": (0.0, 0.5), "refine": {0: 0.95, 4: 0.5, 8: 0.2}}
 STEP = 1.0  # factor of its step size, the best of 0.5, 1 and 2
@@ -36,7 +35,7 @@ STEP = 1.0  # factor of its step size, the best of 0.5, 1 and 2
 
 def bound(prompts: Sequence[Prompt], **settings: Any) -> list[Control]:
     """A-STAR with binding, of things with their colours."""
-    return [AStar(*subjects(prompts), bonds=bonds(prompts), binding=0.5, **settings)]
+    return [AStar(*subjects(prompts), bonds=bonds(prompts), **settings)]
 
 
 CONDITIONS: dict[str, Callable[[Sequence[Prompt]], list[Control]]] = {
@@ -52,12 +51,11 @@ CONDITIONS: dict[str, Callable[[Sequence[Prompt]], list[Control]]] = {
     "astar": lambda prompts: [AStar(*subjects(prompts))],
     "astar-paper": lambda prompts: [AStar(*nouns(prompts), preset="paper")],
     "astar-thorough": lambda prompts: [AStar(*subjects(prompts), preset="thorough")],
+    "astar-always": lambda prompts: [AStar(*subjects(prompts), preset="always")],
     "astar-down": lambda prompts: [AStar(*subjects(prompts), preset="down")],
     "astar-binding": lambda prompts: bound(prompts),
-    # looking first, and the same dearer or cheaper
-    "segregation-look": lambda prompts: [Segregation(*subjects(prompts), **SET)],
-    "astar-look": lambda prompts: [AStar(*subjects(prompts), **SET)],
-    "look": lambda prompts: bound(prompts, **SET),
+    # with binding, of half the schedule, dearer or cheaper
+    "half": lambda prompts: bound(prompts, **SET),
     "ungated": lambda prompts: bound(prompts, **EVERY),
     "seen-by-step": lambda prompts: bound(prompts, seen=SET["seen"], **EVERY),
     "down-sites": lambda prompts: bound(prompts, preset="down", **SET),

@@ -79,7 +79,8 @@ class MapDescent(Control):
         look_ahead, reach: look where plain drawing leads before the first update (ours). Each image is drawn ahead in
             `look_ahead` large steps, over `reach` of what is left of the schedule. One that has met `seen` there is
             left alone for good; of any other, `seen` is not asked again. Costs look_ahead + 1 forwards, and what is
-            sound is not touched. 0: no look ahead.
+            sound is not touched. 0: no look ahead. What sound pictures show differs from model to model: draw some with
+            seen=1.0, and read `look_ahead` in the report.
         refine: Attend-and-Excite's refinement: pairs (position in the schedule, loss less the least it can be). At that
             position an image above that loss is updated until it is not, at most 20 times, before the ordinary update.
             As in their code, the update in which the target is found met is still made. Their thresholds for 50 steps
@@ -117,6 +118,7 @@ class MapDescent(Control):
     where: Selection = None
 
     lane: ClassVar[Lane] = Lane.GRADIENT
+    sound: ClassVar[float | None] = None  # what a look ahead is to find where `seen` is not said
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # name -> settings, of a class that has the field `preset`
 
     def __init__(self, *phrases: Any, **settings: Any) -> None:
@@ -171,7 +173,7 @@ class MapDescent(Control):
                 "look_ahead is a number of steps, and reach a part of the schedule, above 0 and up to 1; "
                 f"not {self.look_ahead}, {self.reach}"
             )
-        if self.look_ahead and self.seen is None:
+        if self.look_ahead and self.seen is None and self.sound is None:
             raise ControlError("look_ahead needs to know what to look for, such as seen=0.2")
         if self.maps not in get_args(Preparation):
             raise ControlError(f"maps are prepared as one of {', '.join(get_args(Preparation))}; not {self.maps!r}")
@@ -274,16 +276,30 @@ class Descent:
         asked = [image for image in trace.images if control.look_ahead and not trace.insisted[image]]
         if not asked:
             return list(trace.images)
+        target = control.seen if control.seen is not None else control.sound
+        assert target is not None
         if trace.foreseen is None:
-            own = trace.wanted.pick(asked)
-            ahead = look_ahead(self.step, control.look_ahead, control.reach, asked)
-            maps = read_maps(ahead, ahead.latents, trace.sites, own.tokens, None, False, control.bfloat16)
-            seen = torch.full_like(self.peak, torch.nan)
-            seen[asked] = least_seen(maps, own).to(seen.dtype)
-            trace.foreseen = Foreseen(self.step.index, seen, control.look_ahead + 1)
-        assert control.seen is not None
-        sound = (trace.foreseen.seen >= control.seen).tolist()
+            trace.foreseen = self.foresee(asked)
+        sound = (trace.foreseen.seen >= target).tolist()
         return [image for image in trace.images if not sound[image]]
+
+    def foresee(self, images: list[int]) -> Foreseen:
+        """What a look ahead finds of some images.
+
+        Nothing, if nobody said what to look for and there is no looking ahead here, as in a run of one step: then every
+        image is guided.
+        """
+        control, trace = self.control, self.trace
+        own, seen = trace.wanted.pick(images), torch.full_like(self.peak, torch.nan)
+        try:
+            ahead = look_ahead(self.step, control.look_ahead, control.reach, images)
+        except ControlError:
+            if control.seen is not None:
+                raise
+            return Foreseen(self.step.index, seen, 0)
+        maps = read_maps(ahead, ahead.latents, trace.sites, own.tokens, None, False, control.bfloat16)
+        seen[images] = least_seen(maps, own).to(seen.dtype)
+        return Foreseen(self.step.index, seen, control.look_ahead + 1)
 
     def refine(self, target: float, images: list[int]) -> None:
         """Update the images above a loss until they are not. What was read last belongs to the latents as they are."""

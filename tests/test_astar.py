@@ -52,7 +52,7 @@ def test_one_gradient_of_all_losses_as_written(pipe):
     class Seen(Views, AStar):
         pass
 
-    settings = {"maps": "attend-and-excite", "rule": "otsu", "retention": 0.5, "window": (0, 1)}
+    settings = {"maps": "attend-and-excite", "rule": "otsu", "retention": 0.5, "binding": 1, "window": (0, 1)}
     control = Seen("cat", "dog", bonds=("red dog",), **settings)
     trace = trace_of(pipe, control)
     assert len(trace.updates) == len(control.views) == 3
@@ -77,7 +77,7 @@ def test_alone_each_method_is_what_it_is_in_the_sum(pipe):
         (AStar("cat", "dog", retention=0), Segregation("cat", "dog")),
         (AStar("cat", "dog", segregation=0, retention=1, window=(0, 1)), Retention("cat", "dog")),
         # no pair: its own adjective
-        (AStar("red", "dog", bonds=("red dog",), retention=0, window=(0, 1)), Binding("red dog")),
+        (AStar("red", "dog", bonds=("red dog",), retention=0, binding=1, window=(0, 1)), Binding("red dog")),
     )
     for one, other in pairs:
         for a, b in zip(trace_of(pipe, one).losses, trace_of(pipe, other).losses, strict=True):
@@ -208,7 +208,7 @@ def test_an_image_that_has_enough_stops_costing(pipe):
 
 
 def test_an_image_whose_phrases_are_all_seen_stops_costing(pipe):
-    free = trace_of(pipe, Segregation("cat", "dog", relative=1e-3), steps=1)
+    free = trace_of(pipe, Segregation("cat", "dog", relative=1e-3, look_ahead=0), steps=1)
     peaks = free.evaluations[0].seen
     sites = [site.layer for site in free.sites]
     kept = TokenMaps("cat", "dog", keep="layer")
@@ -218,7 +218,9 @@ def test_an_image_whose_phrases_are_all_seen_stops_costing(pipe):
     by_hand = [torch.stack(maps).mean(0).amax((1, 2)) for maps in read]
     torch.testing.assert_close(peaks, torch.minimum(*by_hand), atol=1e-6, rtol=1e-4)
     low = int(peaks.argmin())
-    trace = trace_of(pipe, Segregation("cat", "dog", relative=1e-3, updates=2, seen=float(peaks.mean())), steps=1)
+    trace = trace_of(
+        pipe, Segregation("cat", "dog", relative=1e-3, look_ahead=0, updates=2, seen=float(peaks.mean())), steps=1
+    )
     assert [update.images for update in trace.updates] == [(low,)] * 2
     one = trace.to_json()["steps"][0]["evaluations"][0]
     assert one["seen"] == pytest.approx(peaks.tolist())
@@ -342,7 +344,7 @@ def test_a_preset_is_settings_and_those_beside_it_come_first(pipe):
     assert AStar("cat", "dog", preset="thorough", window=None) == AStar("cat", "dog")
     down = trace_of(pipe, Segregation("cat", "dog", preset="down"))
     assert down.sites and all(site.name.startswith("down_blocks") for site in down.sites)
-    with pytest.raises(ControlError, match="a preset of AStar is one of thorough, down, paper; not 'fast'"):
+    with pytest.raises(ControlError, match="a preset of AStar is one of thorough, always, down, paper; not 'fast'"):
         AStar("cat", "dog", preset="fast")
 
 

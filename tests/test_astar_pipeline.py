@@ -58,8 +58,8 @@ def test_from_pretrained_takes_an_embedded_name(monkeypatch):
     astar = AStarPipeline.from_pretrained("glyph-sd", device="cpu", look_ahead=2, seen=0.2)
     assert asked == {"model": "glyph-sd", "device": "cpu"} and astar.settings == {"look_ahead": 2, "seen": 0.2}
     asked.clear()
-    with pytest.raises(ControlError, match="look_ahead needs to know"):
-        AStarPipeline.from_pretrained("glyph-sd", look_ahead=2)
+    with pytest.raises(ControlError, match="look_ahead is a number of steps"):
+        AStarPipeline.from_pretrained("glyph-sd", look_ahead=-2)
     assert not asked
 
 

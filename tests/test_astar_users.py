@@ -131,7 +131,7 @@ def test_regions_have_a_weight_of_their_own():
             latents = tiny.draw(pipe)
         return latents, run.report.to_json()["traces"][0]["steps"][0]["evaluations"][0]
 
-    both, read = drawn()
+    both, read = drawn(placing=1.0)
     assert read["losses"]["retention"]["dog"] == [None] and read["losses"]["retention"]["cat"][0] > 0
     away, none = drawn(placing=0.0)
     assert none["losses"]["retention"]["cat"] == [None] and not torch.equal(both, away)
