@@ -22,6 +22,7 @@ from enum import StrEnum
 from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any, NoReturn, TextIO
 
 import torch
@@ -196,14 +197,28 @@ def draw_batch(pipe: Any, prompts: Sequence[Prompt], group: Sequence[Case], step
 
 
 def judged(prompt: Prompt, reading: judge.Reading) -> dict[str, Any]:
-    """present: each thing is there. colours: of each thing that is to have a colour, whether it is there and has it."""
+    """What the judge says of one picture.
+
+    present: each thing is there. colours: of each thing that is to have a colour, whether it is there and has it.
+    areas: of each thing, the part of the picture that it covers, 0 if it is not there.
+    """
     present, colours = reading.satisfies(prompt)
     named = [bool(right) for right, (_, colour) in zip(colours, prompt.things, strict=True) if colour]
-    return {"present": list(present), "colours": named, "seen": reading.to_dict()}
+    areas = [round(reading.area_of(concept), 4) for concept, _ in prompt.things]
+    return {"present": list(present), "colours": named, "areas": areas, "seen": reading.to_dict()}
+
+
+def area_ratios(before: dict[str, Any], after: dict[str, Any]) -> list[float]:
+    """The area of each thing that is in both pictures, as a part of its area before."""
+    pairs = zip(before["areas"], after["areas"], strict=True)
+    return [new / old for old, new in pairs if old and new]
 
 
 def summary(prompts: Sequence[Prompt], cases: Sequence[Case], done: dict[str, Any]) -> dict[str, Any]:
-    """Rates for each condition and group of prompts, each condition against the first, and times as parts of its."""
+    """Rates for each condition and group of prompts, each condition against the first; times and areas as parts of its.
+
+    The area is the median over the things that both pictures have.
+    """
     conditions = list(dict.fromkeys(case.condition for case in cases))
 
     def held_out(k: int) -> bool:
@@ -233,6 +248,14 @@ def summary(prompts: Sequence[Prompt], cases: Sequence[Case], done: dict[str, An
                 if own is not base:
                     change = paired([*base.values()], [own[key] for key in base], [prompt for prompt, _ in base])
                     row[condition]["against " + conditions[0]] = change.to_json()
+    if all("areas" in done[case.name] for case in cases):
+        areas: dict[str, list[float]] = {condition: [] for condition in conditions}
+        for case in cases:
+            base = done[Case(case.prompt, case.seed, conditions[0]).name]
+            areas[case.condition] += area_ratios(base, done[case.name])
+        if all(areas.values()):
+            told = {name: {"value": median(own), "n": len(own)} for name, own in areas.items()}
+            table["all"]["thing area"] = told
     if all("seconds" in done[case.name] for case in cases):
         spent = dict.fromkeys(conditions, 0.0)
         for case in cases:
@@ -241,21 +264,39 @@ def summary(prompts: Sequence[Prompt], cases: Sequence[Case], done: dict[str, An
     return table
 
 
+COLUMNS = ("", "condition", "right", "difference", "repaired", "broken")
+
+
+def rows(measures: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """The rows of one group of prompts; each condition stands under the first, which it is compared with."""
+    for measure, row in measures.items():
+        for name, found in row.items():
+            change = next((value for key, value in found.items() if key.startswith("against")), None)
+            told = compared(change) if change else ("", "", "")
+            yield measure if name == next(iter(row)) else "", name, counted(found), *told
+
+
 def show(table: dict[str, Any], console: Console) -> None:
-    """A block of rows for each group of prompts; each condition stands under the first, which it is compared with."""
-    head = "rates and paired differences to the first condition, with 95 % intervals"
+    """A block of rows for each group of prompts."""
+    head = "counts, and paired differences in points to the first condition, with 95 % intervals"
     page = Table(title=head, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("", "condition", "right", "difference", "repaired", "broken"):
+    for column in COLUMNS:
         page.add_column(column, no_wrap=True)
     for group, measures in table.items():
         page.add_section()
         page.add_row(f"[bold]{group}[/bold]")
-        for measure, row in measures.items():
-            for name, found in row.items():
-                change = next((value for key, value in found.items() if key.startswith("against")), None)
-                title = measure if name == next(iter(row)) else ""
-                page.add_row(title, name, between(found), *(compared(change) if change else ()))
+        for row in rows(measures):
+            page.add_row(*row)
     Console(width=max(WIDTH, console.width)).print(page)  # rather wrapped by a narrow terminal than cut short
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """The same table for a page of the documentation."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    for group, measures in table.items():
+        lines.append(f"| **{group}** |" + " |" * (len(COLUMNS) - 1))
+        lines += [f"| {' | '.join(row)} |" for row in rows(measures)]
+    return "\n".join(lines) + "\n"
 
 
 def between(found: dict[str, float]) -> str:
@@ -265,24 +306,34 @@ def between(found: dict[str, float]) -> str:
     return f"{found['value']:.1%} ({100 * found['low']:.0f}-{100 * found['high']:.0f})"
 
 
+def counted(found: dict[str, float]) -> str:
+    """104 of 138, 75.4% (72-79); a factor as it is."""
+    return (f"{found['hits']} of {found['n']}, " if "hits" in found else "") + between(found)
+
+
 def compared(change: dict[str, Any]) -> tuple[str, ...]:
-    """+12.9 (+9 to +17), 79% of 136, 9% of 416"""
+    """+12.9 (+9 to +17), 39 of 136, 6 of 416"""
     points = [100 * change[key] for key in ("difference", "low", "high")]
-    counts = (f"{change[kind]['value']:.0%} of {change[kind]['n']}" for kind in ("repaired", "broken"))
+    counts = (f"{change[kind]['hits']} of {change[kind]['n']}" for kind in ("repaired", "broken"))
     return "{:+.1f} ({:+.0f} to {:+.0f})".format(*points), *counts
 
 
 def contact_sheet(prompts: Sequence[Prompt], cases: Sequence[Case], done: dict[str, Any], folder: Path) -> Image.Image:
-    """A row per condition for each of 24 prompts, the first seed; a frame tells right (green) from wrong (red)."""
+    """A row per condition for each of 24 prompts, the first seed; a frame tells right (green) from wrong (red).
+
+    The names of the conditions stand at the left.
+    """
     conditions = list(dict.fromkeys(case.condition for case in cases))
     first = min(case.seed for case in cases)
     shown = subset(prompts, sorted({case.prompt for case in cases}))
     side, text, columns = 128, 30, 8
+    font = ImageFont.load_default(11)
+    margin = 12 + round(max(font.getlength(name) for name in conditions))
     rows = -(-len(shown) // columns)
-    page = Image.new("RGB", (columns * (side + 8), rows * (len(conditions) * (side + 8) + text)), "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(11)
+    page = Image.new("RGB", (margin + columns * (side + 8), rows * (len(conditions) * (side + 8) + text)), "white")
+    pen = ImageDraw.Draw(page)
     for place, k in enumerate(shown):
-        x, y = place % columns * (side + 8), place // columns * (len(conditions) * (side + 8) + text)
+        x, y = margin + place % columns * (side + 8), place // columns * (len(conditions) * (side + 8) + text)
         words = re.split(" and | with |, ", prompts[k].text)
         lines = words if len(words) == 2 else [f"{words[0]}, {words[1]}", words[2]]
         pen.text((x + 4, y + 2), "\n".join(lines), fill="black", font=font)
@@ -291,6 +342,8 @@ def contact_sheet(prompts: Sequence[Prompt], cases: Sequence[Case], done: dict[s
             result = done[case.name]
             right = all(result["present"]) and all(result["colours"])
             top = y + text + row * (side + 8)
+            if place % columns == 0:
+                pen.text((6, top + side // 2), condition, fill="black", font=font)
             pen.rectangle(
                 (x + 1, top, x + side + 6, top + side + 5), outline="#2a9d3a" if right else "#d62828", width=3
             )
@@ -331,6 +384,7 @@ def main(
     prompts_of: Annotated[
         Half, typer.Option("--half", help="A fixed half of the prompts: tune on the one only.")
     ] = Half.all,
+    every: Annotated[int, typer.Option(min=1, help="Of these prompts, only every Nth.")] = 1,
     subset_only: Annotated[
         bool, typer.Option("--subset", help="24 fixed prompts, one seed: about two minutes.")
     ] = False,
@@ -345,7 +399,7 @@ def main(
         guidance = float(USUAL.get(model, {}).get("guidance", 7.5))
     picked, seeds = (subset(prompts), 1) if subset_only else (list(range(len(prompts))), seeds)
     chosen = set(half(prompts, prompts_of))
-    picked = [k for k in picked if k in chosen]
+    picked = [k for k in picked if k in chosen][::every]
     controls = list(dict.fromkeys(controls))
     cases = [Case(k, seed, name) for name in controls for seed in range(seeds) for k in picked]
 
@@ -376,11 +430,12 @@ def main(
                 results.flush()
 
         table = summary(prompts, cases, done)
-        found = {"setting": setting, "seeds": seeds, "half": prompts_of, "rates": table}
+        found = {"setting": setting, "seeds": seeds, "half": prompts_of, "every": every, "rates": table}
         write(out / "effect.json", json.dumps(found, indent=1))
+        write(out / "table.md", markdown(table))
         contact_sheet(prompts, cases, done, folder).save(out / "sheet.png")
     show(table, console)
-    console.print(f"{out / 'effect.json'}\n{out / 'sheet.png'}")
+    console.print(f"{out / 'effect.json'}\n{out / 'table.md'}\n{out / 'sheet.png'}")
 
 
 def repeated(words: Sequence[str]) -> list[str]:

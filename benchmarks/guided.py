@@ -95,7 +95,7 @@ def settings_of(name: str) -> dict[str, Setting]:
         found["... both"] = controlled(
             Excitation(*WORDS, relative=None, window=half, where="down_blocks.2.*attn2", bfloat16=True)
         )
-    every = AStar(*WORDS)
+    every = AStar(*WORDS, look_ahead=0, window=(0, 1))
     found["A-STAR, every step"] = controlled(every)
     found["A-STAR without early stop"] = lambda pipe: to_the_end(pipe, every)
     return found

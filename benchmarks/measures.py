@@ -8,12 +8,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Rate:
-    """A part of `n`, with its 95 % interval by Wilson's formula; NaN for n = 0."""
+    """`hits` of `n`: their part, with its 95 % interval by Wilson's formula; NaN for n = 0."""
 
     value: float
     low: float
     high: float
     n: int
+    hits: int
 
     def __str__(self) -> str:
         return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}]" if self.n else "-"
@@ -26,10 +27,11 @@ def rate(hits: Sequence[bool]) -> Rate:
     """How often `hits` is true."""
     n, z = len(hits), 1.96
     if not n:
-        return Rate(float("nan"), float("nan"), float("nan"), 0)
-    p = sum(hits) / n
+        return Rate(float("nan"), float("nan"), float("nan"), 0, 0)
+    many = sum(map(bool, hits))
+    p = many / n
     centre, spread = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return Rate(p, (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n), n)
+    return Rate(p, (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n), n, many)
 
 
 @dataclass(frozen=True)

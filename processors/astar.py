@@ -1,20 +1,35 @@
 """A-STAR: segregation and retention together, in one gradient.
 
 A-STAR: Test-time Attention Segregation and Retention (Agarwal et al., ICCV 2023, arXiv 2306.14544), equation 4.
+
+What is ours: the paper acts on every picture and at every step, we by default leave alone what a look ahead finds sound
+and guide the early steps of the rest, with little retention. What the paper leaves open (size of a step, sites,
+preparation of maps, how a mask is made) is a setting each. `AStar(..., preset="paper")` is as near to it as its text
+allows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import inf
+from typing import Any, ClassVar
 
 from attnctl.errors import ControlError
+from attnctl.run import Step
 
 from .binding import Bind, Bond, bonds_of, ends
 from .descent import MapDescent, check_phrases, phrases_first
 from .loss_terms import Loss
 from .losses import Rule
-from .retention import Keep, Masks, check_rule, regions
-from .segregation import Apart, every_pair
+from .retention import RULE, SHARE, Keep, Masks, check_rule, regions
+from .segregation import PRESETS as SEGREGATION
+from .segregation import SOUND, Apart, every_pair
+
+PRESETS: dict[str, dict[str, Any]] = {
+    **SEGREGATION,
+    "paper": {**SEGREGATION["paper"], "rule": "half", "retention": 1.0},
+}
+"""Those of `Segregation`; as in the paper, retention has the weight 1. Its masks are where a map has half its peak."""
 
 
 @phrases_first
@@ -29,9 +44,15 @@ class AStar(MapDescent):
         bonds: modifiers and their nouns, such as ("red car",), see `Binding`: adds its loss (not in the paper).
         masks: regions for phrases, see `Retention`.
         rule, share: how masks are made of maps, see `Retention`.
-        segregation, retention, binding: weights of the losses. The paper has 1 and 1. At 0 a loss is left out.
+        segregation, retention, binding: weights of the losses, not negative; at 0 a loss is left out. The paper has 1
+            and 1; with so little retention, things change their size least (ours).
+            binding None: 0.5, or 0.03 where there are masks, because it knows no bound and would drown them.
         placing: weight of retention for phrases with a region, which the paper does not set apart (ours). A picture
             with a region is never left alone, whatever a look ahead sees.
+        look_ahead, seen, window: as for `MapDescent`; by default a look ahead of 2 steps for 0.3, and the early steps,
+            or all steps if there are masks.
+        preset: "thorough", "always", "down" or "paper", see `PRESETS`; settings beside it come first. It is not kept:
+            the other settings hold what it stands for.
 
     The other settings are those of `MapDescent`.
 
@@ -44,23 +65,34 @@ class AStar(MapDescent):
     phrases: tuple[str, ...]
     bonds: tuple[Bond, ...] = ()
     masks: Masks = ()
-    rule: Rule = "half"
-    share: float = 0.2
+    rule: Rule = RULE
+    share: float = SHARE
     segregation: float = 1.0
-    retention: float = 1.0
-    binding: float = 1.0
-    placing: float = 1.0
+    retention: float = 0.03
+    binding: float | None = None
+    placing: float = 3.0
+    look_ahead: int = 2
+    window: tuple[float, float] | None = None
+    preset: str | None = None
+
+    sound: ClassVar[float | None] = SOUND
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
 
     def check(self) -> None:
         self._set(bonds=bonds_of(self.bonds), masks=regions(self.masks))
         check_phrases("AStar", self.phrases, 2, "AStar('cat', 'dog')")
         check_rule(self.rule, self.share)
+        if self.binding is None:
+            self._set(binding=0.03 if self.masks else 0.5)
         weights = {name: getattr(self, name) for name in ("segregation", "retention", "binding", "placing")}
         said = ", ".join(f"{name} {weight}" for name, weight in weights.items())
         if not all(isinstance(weight, (int, float)) and 0 <= weight < inf for weight in weights.values()):
             raise ControlError(f"weights are numbers, not negative; they are {said}")
         self.losses()  # raises if there are none
         super().check()
+
+    def acts(self, step: Step) -> bool:
+        return (self.window is None and bool(self.masks and self.placing)) or super().acts(step)
 
     def losses(self) -> list[Loss]:
         found: list[Loss] = []

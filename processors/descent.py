@@ -7,7 +7,7 @@ down the gradient. Where we add to it, the setting says so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from inspect import Parameter, Signature
 from math import inf
@@ -40,6 +40,7 @@ from .map_gradient import (
 from .trace import Evaluation, Foreseen, Trace, Update
 
 ROUNDS = 20  # of refinement at most, as Attend-and-Excite has it
+EARLY = 0.15  # part of its own steps that a run is guided in with window=None
 C = TypeVar("C", bound=type)
 
 
@@ -78,7 +79,8 @@ class MapDescent(Control):
         look_ahead, reach: look where plain drawing leads before the first update (ours). Each image is drawn ahead in
             `look_ahead` large steps, over `reach` of what is left of the schedule. One that has met `seen` there is
             left alone for good; of any other, `seen` is not asked again. Costs look_ahead + 1 forwards, and what is
-            sound is not touched. 0: no look ahead.
+            sound is not touched. 0: no look ahead. What sound pictures show differs from model to model: draw some with
+            seen=1.0, and read `look_ahead` in the report.
         refine: Attend-and-Excite's refinement: pairs (position in the schedule, loss less the least it can be). At that
             position an image above that loss is updated until it is not, at most 20 times, before the ordinary update.
             As in their code, the update in which the target is found met is still made. Their thresholds for 50 steps
@@ -88,6 +90,7 @@ class MapDescent(Control):
         bfloat16: the extra forward runs in bfloat16: faster where bfloat16 is, and hardly another gradient.
         images: which images of the batch to act on, by number from 0. None: all.
         window: part of the schedule to act in, from 0 (noise) to 1 (picture): a step at f counts if start <= f < end.
+            None: the first 15 % of the run's own steps, wherever in the schedule it starts (ours): 3 of 20, 8 of 50.
         where: sites to read maps from. None: the cross sites of the coarsest grid with 192 cells; where there are no
             cross sites, the middle third of the joint ones.
 
@@ -111,15 +114,23 @@ class MapDescent(Control):
     checkpoint: bool = False
     bfloat16: bool = False
     images: tuple[int, ...] | None = None
-    window: tuple[float, float] = (0.0, 1.0)
+    window: tuple[float, float] | None = (0.0, 1.0)
     where: Selection = None
 
     lane: ClassVar[Lane] = Lane.GRADIENT
+    sound: ClassVar[float | None] = None  # what a look ahead is to find where `seen` is not said
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # name -> settings, of a class that has the field `preset`
 
     def __init__(self, *phrases: Any, **settings: Any) -> None:
         known = {one.name: one for one in fields(self) if one.name != "phrases"}
         if unknown := [name for name in settings if name not in known]:
             raise TypeError(f"{type(self).__name__} has no setting {unknown[0]!r}; {instead(unknown[0], known)}")
+        if (preset := settings.pop("preset", None)) is not None:
+            if preset not in self.presets:
+                raise ControlError(
+                    f"a preset of {type(self).__name__} is one of {', '.join(self.presets)}; not {preset!r}"
+                )
+            settings = {**self.presets[preset], **settings}
         self._set(phrases=phrases)
         for name, one in known.items():
             assert one.default is not MISSING
@@ -162,11 +173,12 @@ class MapDescent(Control):
                 "look_ahead is a number of steps, and reach a part of the schedule, above 0 and up to 1; "
                 f"not {self.look_ahead}, {self.reach}"
             )
-        if self.look_ahead and self.seen is None:
+        if self.look_ahead and self.seen is None and self.sound is None:
             raise ControlError("look_ahead needs to know what to look for, such as seen=0.2")
         if self.maps not in get_args(Preparation):
             raise ControlError(f"maps are prepared as one of {', '.join(get_args(Preparation))}; not {self.maps!r}")
-        check_window(self.window)
+        if self.window is not None:
+            check_window(self.window)
         try:
             pairs = [(at, float(target)) for at, target in dict(self.refine).items()]
         except (TypeError, ValueError):
@@ -210,10 +222,16 @@ class MapDescent(Control):
         scale, skipped = 2.0**12 * torch.ones(run.images), torch.zeros(run.images, dtype=torch.long)
         return Trace(sites, found, losses, tuple(own), insisted, scale, skipped)
 
+    def acts(self, step: Step) -> bool:
+        """Whether a step lies in the window."""
+        if self.window is not None:
+            return self.window[0] <= step.fraction < self.window[1]
+        start = step.run.start / step.run.schedule if step.run.schedule else 0.0
+        return step.fraction - start < EARLY * (1.0 - start)
+
     def before_denoise(self, step: Step) -> None:
-        if self.strength == 0 or not self.window[0] <= step.fraction < self.window[1]:
-            return
-        Descent(self, step, step.run.state(self)).go()
+        if self.strength and self.acts(step):
+            Descent(self, step, step.run.state(self)).go()
 
 
 class Descent:
@@ -252,23 +270,36 @@ class Descent:
     def wanting(self) -> list[int]:
         """The images that the control is to act on: its own, but for those that a look ahead finds sound.
 
-        What insists, as a region of the user's does, is not asked whether it is sound: only the phrases can be seen.
+        Images with a region of the user are always updated: a look ahead sees phrases, not places.
         """
         control, trace = self.control, self.trace
         asked = [image for image in trace.images if control.look_ahead and not trace.insisted[image]]
         if not asked:
             return list(trace.images)
+        target = control.seen if control.seen is not None else control.sound
+        assert target is not None
         if trace.foreseen is None:
-            own = trace.wanted.pick(asked)
-            ahead = look_ahead(self.step, control.look_ahead, control.reach, asked)
-            maps = read_maps(ahead, ahead.latents, trace.sites, own.tokens, None, False, control.bfloat16)
-            seen = torch.full_like(self.peak, torch.nan)
-            seen[asked] = least_seen(maps, own).to(seen.dtype)
-            assert control.seen is not None
-            sound = (seen >= control.seen).tolist()
-            alone = tuple(image for image in asked if sound[image])
-            trace.foreseen = Foreseen(self.step.index, seen, control.look_ahead + 1, alone)
+            trace.foreseen = self.foresee(asked, target)
         return [image for image in trace.images if image not in trace.foreseen.alone]
+
+    def foresee(self, images: list[int], target: float) -> Foreseen:
+        """What a look ahead finds of some images.
+
+        Nothing, if nobody said what to look for and there is no looking ahead here, as in a run of one step: then every
+        image is guided.
+        """
+        control, trace = self.control, self.trace
+        own, seen = trace.wanted.pick(images), torch.full_like(self.peak, torch.nan)
+        try:
+            ahead = look_ahead(self.step, control.look_ahead, control.reach, images)
+        except ControlError:
+            if control.seen is not None:
+                raise
+            return Foreseen(self.step.index, seen, 0, ())
+        maps = read_maps(ahead, ahead.latents, trace.sites, own.tokens, None, False, control.bfloat16)
+        seen[images] = least_seen(maps, own).to(seen.dtype)
+        sound = (seen >= target).tolist()
+        return Foreseen(self.step.index, seen, control.look_ahead + 1, tuple(image for image in images if sound[image]))
 
     def refine(self, target: float, images: list[int]) -> None:
         """Update the images above a loss until they are not. What was read last belongs to the latents as they are."""

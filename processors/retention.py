@@ -23,6 +23,8 @@ from .losses import Rule, binarise, retention_parts
 from .map_gradient import Wanted
 
 Masks = tuple[tuple[str, Any], ...]  # (phrase, anything a Region is made of)
+RULE: Rule = "quantile"
+SHARE = 0.14  # of the cells
 
 
 class Keep(OfPhrases):
@@ -38,7 +40,7 @@ class Keep(OfPhrases):
     least = 0.5
 
     def __init__(
-        self, phrases: Sequence[str], masks: Masks = (), rule: Rule = "half", share: float = 0.2, weight: float = 1.0,
+        self, phrases: Sequence[str], masks: Masks = (), rule: Rule = RULE, share: float = SHARE, weight: float = 1.0,
         placing: float = 1.0,
     ) -> None:  # fmt: skip
         super().__init__(phrases)
@@ -98,8 +100,9 @@ class Retention(MapDescent):
         masks: regions for phrases, as a dict or pairs: a box, a mask, a picture or layer or the path of one, see
             `attnctl.regions.Region`. Their phrases need not be named again. Phrases without one keep to the mask of
             their own last step.
-        rule: how a mask is made of a map, see `losses.binarise`. The paper does not say; "half" is ours.
-        share: of the cells, for the rule "quantile".
+        rule: how a mask is made of a map, see `losses.binarise`. The paper does not say; "quantile" is ours. A mask
+            smaller than the thing makes the thing small, as "half" does with maps="share": it keeps 3 % of the cells.
+        share: of the cells, for the rule "quantile": above 0 and up to 1, about the part of the picture a thing covers.
 
     The other settings are those of `MapDescent`. With maps="share" a mask is divided by its sum, as maps are (ours):
     against masks of zeros and ones such small values would have hardly any slope, see `losses.retention_loss`.
@@ -112,8 +115,8 @@ class Retention(MapDescent):
 
     phrases: tuple[str, ...]
     masks: Masks = ()
-    rule: Rule = "half"
-    share: float = 0.2
+    rule: Rule = RULE
+    share: float = SHARE
 
     def check(self) -> None:
         self._set(masks=regions(self.masks))

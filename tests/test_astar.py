@@ -52,7 +52,8 @@ def test_one_gradient_of_all_losses_as_written(pipe):
     class Seen(Views, AStar):
         pass
 
-    control = Seen("cat", "dog", bonds=("red dog",), maps="attend-and-excite", rule="otsu", retention=0.5)
+    settings = {"maps": "attend-and-excite", "rule": "otsu", "retention": 0.5, "binding": 1, "window": (0, 1)}
+    control = Seen("cat", "dog", bonds=("red dog",), **settings)
     trace = trace_of(pipe, control)
     assert len(trace.updates) == len(control.views) == 3
     before = None
@@ -74,8 +75,9 @@ def test_one_gradient_of_all_losses_as_written(pipe):
 def test_alone_each_method_is_what_it_is_in_the_sum(pipe):
     pairs = (
         (AStar("cat", "dog", retention=0), Segregation("cat", "dog")),
-        (AStar("cat", "dog", segregation=0, rule="quantile"), Retention("cat", "dog", rule="quantile")),
-        (AStar("red", "dog", bonds=("red dog",), retention=0), Binding("red dog")),  # no pair: its own adjective
+        (AStar("cat", "dog", segregation=0, retention=1, window=(0, 1)), Retention("cat", "dog")),
+        # no pair: its own adjective
+        (AStar("red", "dog", bonds=("red dog",), retention=0, binding=1, window=(0, 1)), Binding("red dog")),
     )
     for one, other in pairs:
         for a, b in zip(trace_of(pipe, one).losses, trace_of(pipe, other).losses, strict=True):
@@ -113,7 +115,7 @@ def view_of(maps, images, preparation="mean"):
 
 
 def test_masks_roll_with_steps_and_not_with_updates():
-    keep, maps = keep_of(), torch.rand(4, 2, 2, 6, 5)
+    keep, maps = keep_of(rule="half"), torch.rand(4, 2, 2, 6, 5)
     keep.begin_step(0)
     values, counts = keep.parts(view_of(maps[0], [0, 1]))
     assert not counts.any() and not values.any()  # nothing to keep yet
@@ -199,14 +201,14 @@ def test_an_image_that_has_enough_stops_costing(pipe):
         assert one[low].isnan()
     moves = Moves()
     moves.seen = []
-    still = Segregation("cat", "dog", updates=3, enough=1.0)
+    still = Segregation("cat", "dog", updates=3, enough=1.0, window=(0, 1))
     with attach(pipe, still, moves) as run:
         tiny.draw(pipe, TEXTS, steps=2)
     assert moves.seen == [True, True] and len(run.run.state(still).evaluations) == 2
 
 
 def test_an_image_whose_phrases_are_all_seen_stops_costing(pipe):
-    free = trace_of(pipe, Segregation("cat", "dog", relative=1e-3), steps=1)
+    free = trace_of(pipe, Segregation("cat", "dog", relative=1e-3, look_ahead=0), steps=1)
     peaks = free.evaluations[0].seen
     sites = [site.layer for site in free.sites]
     kept = TokenMaps("cat", "dog", keep="layer")
@@ -216,7 +218,9 @@ def test_an_image_whose_phrases_are_all_seen_stops_costing(pipe):
     by_hand = [torch.stack(maps).mean(0).amax((1, 2)) for maps in read]
     torch.testing.assert_close(peaks, torch.minimum(*by_hand), atol=1e-6, rtol=1e-4)
     low = int(peaks.argmin())
-    trace = trace_of(pipe, Segregation("cat", "dog", relative=1e-3, updates=2, seen=float(peaks.mean())), steps=1)
+    trace = trace_of(
+        pipe, Segregation("cat", "dog", relative=1e-3, look_ahead=0, updates=2, seen=float(peaks.mean())), steps=1
+    )
     assert [update.images for update in trace.updates] == [(low,)] * 2
     one = trace.to_dict()["steps"][0]["evaluations"][0]
     assert one["seen"] == pytest.approx(peaks.tolist())
@@ -244,7 +248,7 @@ def test_checkpointing_changes_the_memory_only(pipe):
 
 
 def test_side_by_side_they_make_an_update_each(pipe):
-    one, other = Segregation("cat", "dog"), Excitation("cat", "dog")
+    one, other = Segregation("cat", "dog", window=(0, 1)), Excitation("cat", "dog")
     with attach(pipe, one, other) as run:
         tiny.draw(pipe, TEXTS)
     assert len(run.run.state(one).updates) == len(run.run.state(other).updates) == 2
@@ -261,7 +265,7 @@ def test_what_an_image_lacks(pipe):
 
 
 def test_the_report_is_plain_data_and_says_what_was_spent(pipe):
-    control = AStar("cat", "dog", updates=2)
+    control = AStar("cat", "dog", updates=2, retention=1, window=(0, 1))
     with attach(pipe, control) as run:
         assert run.report.traces == ()
         tiny.draw(pipe, TEXTS, steps=3)
@@ -302,3 +306,51 @@ def test_a_region_for_a_noun_counts_where_the_phrase_is_longer():
     first, later = trace.evaluations[0].parts["retention"], trace.evaluations[-1].parts["retention"]
     assert first.isnan().tolist() == [[True, False, True], [True, False, True]]  # only the region is there at once
     assert later.isnan().tolist() == [[True, False, False], [True, False, False]]
+
+
+# --- defaults and presets ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [20, 50])
+def test_by_default_the_first_steps_alone_are_guided(pipe, steps):
+    for control in (AStar("cat", "dog"), Segregation("cat", "dog")):
+        trace = trace_of(pipe, control, texts=TEXTS[:1], steps=steps)
+        assert [update.step for update in trace.updates] == list(range(3 if steps == 20 else 8))
+
+
+def test_the_early_steps_are_those_of_the_run_wherever_it_starts():
+    pipe = tiny.sd1()
+    later = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    with attach(tiny.quiet(later), AStar("cat", "dog")) as run:
+        noise = torch.Generator().manual_seed(0)
+        picture = torch.rand(1, 3, 32, 48)
+        later("a cat and a dog", picture, strength=0.5, num_inference_steps=20, generator=noise, output_type="latent")
+    assert [step["step"] for step in run.report.to_json()["traces"][0]["steps"]] == [0, 1]  # of 10
+
+
+def test_a_region_is_placed_in_all_steps(pipe):
+    control = AStar("cat", "dog", masks={"cat": (0, 0, 0.5, 1)})
+    assert [update.step for update in trace_of(pipe, control, steps=10).updates] == list(range(10))
+    for settings in ({"placing": 0}, {"window": (0, 0.2)}):
+        control = AStar("cat", "dog", masks={"cat": (0, 0, 0.5, 1)}, **settings)
+        assert [update.step for update in trace_of(pipe, control, steps=10).updates] == [0, 1]
+
+
+def test_a_preset_is_settings_and_those_beside_it_come_first(pipe):
+    paper = AStar("cat", "dog", preset="paper")
+    assert (paper.maps, paper.relative, paper.window, paper.rule) == ("attend-and-excite", None, (0.0, 1.0), "half")
+    assert paper.retention == paper.segregation == 1 and paper.preset is None
+    assert AStar("cat", "dog", preset="thorough", relative=0.03) == AStar("cat", "dog", window=(0, 0.5), relative=0.03)
+    assert AStar("cat", "dog", preset="thorough", window=None) == AStar("cat", "dog")
+    down = trace_of(pipe, Segregation("cat", "dog", preset="down"))
+    assert down.sites and all(site.name.startswith("down_blocks") for site in down.sites)
+    with pytest.raises(ControlError, match="a preset of AStar is one of thorough, always, down, paper; not 'fast'"):
+        AStar("cat", "dog", preset="fast")
+
+
+def test_no_mask_is_smaller_than_a_thing(pipe):
+    """Of 24 cells, 14 %: three. The rule "half" would keep the peak alone."""
+    maps = torch.full((1, 1, 4, 6), 0.01)
+    maps[0, 0, 1, 2:5] = torch.tensor([0.4, 1.0, 0.4])
+    keep = next(loss for loss in AStar("cat", "dog").losses() if isinstance(loss, Keep))
+    assert binarise(maps, keep.rule, keep.share).sum() == 3 and binarise(maps, "half").sum() == 1

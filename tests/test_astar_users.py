@@ -80,7 +80,7 @@ def test_subjects_are_read_prompt_by_prompt():
 def test_a_control_acts_on_its_own_images_alone():
     pipe = tiny.sd1()
     plain = tiny.draw(pipe, ["a cat and a dog"] * 3)
-    with attach(pipe, Segregation("cat", "dog", images=1, relative=0.1)) as run:
+    with attach(pipe, Segregation("cat", "dog", images=1, relative=0.1, window=(0, 1))) as run:
         found = tiny.draw(pipe, ["a cat and a dog"] * 3)
     assert torch.equal(found[0], plain[0]) and torch.equal(found[2], plain[2]) and not close(found[1], plain[1])
     assert run.report.to_dict()["traces"][0]["image_forwards"] == 2
@@ -131,7 +131,7 @@ def test_regions_have_a_weight_of_their_own():
             latents = tiny.draw(pipe)
         return latents, run.report.to_dict()["traces"][0]["steps"][0]["evaluations"][0]
 
-    both, read = drawn()
+    both, read = drawn(placing=1.0)
     assert read["losses"]["retention"]["dog"] == [None] and read["losses"]["retention"]["cat"][0] > 0
     away, none = drawn(placing=0.0)
     assert none["losses"]["retention"]["cat"] == [None] and not torch.equal(both, away)
@@ -263,7 +263,7 @@ def test_embeddings_are_told_by_the_prompt():
 def test_pipelines_whose_first_argument_is_a_picture():
     pipe = tiny.quiet(diffusers.FluxKontextPipeline(**tiny.flux().components))
     settings = {"num_inference_steps": 2, "max_sequence_length": 16, "output_type": "latent", "height": 32, "width": 48}
-    found = AStarPipeline.from_pipe(pipe)(
+    found = AStarPipeline.from_pipe(pipe, window=(0, 1))(
         "a cat and a dog", ["cat", "dog"], generator=seeds(1), max_area=32 * 48, _auto_resize=False,
         image=torch.rand(1, 3, 32, 48), **settings,
     )  # fmt: skip

@@ -337,7 +337,7 @@ def test_a_picture_that_is_not_finite_is_an_error(generate, somewhere):
 
 def test_a_trace_is_data_and_pictures(generate, monkeypatch):
     monkeypatch.setattr(cli, "known_controls", KNOWN)
-    code, out, err = generate("--control", "astar(cat, dog)", "--trace", "--compare")
+    code, out, err = generate("--control", "astar(cat, dog, window=[0, 1])", "--trace", "--compare")
     assert (code, err) == (0, [])
     told, *shown = map(Path, out)
     assert [path.stem.rsplit("-", 1)[1] for path in shown] == ["losses", "steps", "plain", "controlled", "comparison"]

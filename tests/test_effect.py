@@ -8,10 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import effect
+import numpy as np
 import pytest
 from PIL import Image
 
-from attnctl.glyph.judge import Reading
+from attnctl.glyph.judge import Reading, Seen
+from attnctl.glyph.words import Prompt
 from attnctl.processors import Segregation
 
 BENCHMARKS = Path(effect.__file__).parent
@@ -131,7 +133,7 @@ def test_setting_holds_what_decides_results(part):
     assert setting["versions"].keys() == {"attnctl", "torch", "diffusers", "transformers"}
     assert setting["conditions"]["none"] == []
     (control,) = setting["conditions"]["segregation"]
-    assert control.startswith("Segregation(phrases=(") and "look_ahead=2" in control
+    assert control.startswith("Segregation(phrases=(") and "window=None" in control
 
 
 def test_further_conditions_and_seeds_join_a_folder(part, run, drawn):
@@ -241,3 +243,51 @@ def test_as_a_program_it_is_silent_on_stderr(tmp_path):
     paths = {"PYTHONPATH": f"{BENCHMARKS}:{BENCHMARKS.parent}", "OMP_NUM_THREADS": "1", "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=paths, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and "48/48" in done.stdout
+
+
+# --- what is told -----------------------------------------------------------------------------------------------------
+
+
+def reading(*things):
+    """(concept, part of the width that it covers) each."""
+    seen = []
+    for concept, share in things:
+        mask = np.zeros((32, 32), np.float32)
+        mask[:, : round(32 * share)] = 1
+        seen.append(Seen(concept, "red", (0, 0, share, 1), 0.9, mask))
+    return Reading(tuple(seen))
+
+
+def test_counts_stand_beside_rates_and_areas_beside_both(part, drawn, monkeypatch):
+    pictures = {0: reading(("cat", 0.5), ("dog", 0.25)), 1: reading(("cat", 0.25))}
+    eye = SimpleNamespace(read=lambda images: [pictures[image.getpixel((0, 0))[0]] for image in images])
+    monkeypatch.setattr(effect.judge, "load", lambda: eye)
+    asked = Prompt("a cat and a dog", "animals", (("cat", None), ("dog", None)))
+    monkeypatch.setattr(effect, "benchmark", lambda: [asked] * 24)
+    # of plain pictures the first 16 lack the dog; the control repairs 12 of those and breaks 2 of the others
+    lacking = {"none": range(16), "segregation": [0, 1, 2, 3, 20, 21]}
+
+    def draw(pipe, prompts, group, steps, guidance):
+        drawn.now += len(group)
+        return [Image.new("RGB", (8, 8), (int(case.prompt in lacking[case.condition]), 0, 0)) for case in group]
+
+    monkeypatch.setattr(effect, "draw_batch", draw)
+    monkeypatch.setattr(effect, "subset", lambda prompts, among=None, each=8: list(range(24)))
+    code, out, err = part()
+    assert (code, err) == (0, []), err
+    told = json.loads(Path("o/effect.json").read_text())["rates"]["all"]
+    change = told["both present"]["segregation"]["against none"]
+    assert [change[kind][n] for kind in ("repaired", "broken") for n in ("hits", "n")] == [12, 16, 2, 8]
+    assert "8 of 24, 33.3%" in out and "12 of 16" in out and "2 of 8" in out
+    page = Path("o/table.md").read_text()
+    assert "| segregation | 18 of 24, 75.0% (55-88) | +41.7" in page and "| 12 of 16 | 2 of 8 |" in page
+    ratios = told["thing area"]["segregation"]
+    assert ratios["n"] == 24 + 6 and ratios["value"] == 1.0
+
+
+def test_the_area_of_a_thing_is_told_against_the_first_condition():
+    before = effect.judged(effect.benchmark()[0], reading())
+    assert before["areas"] == [0, 0]
+    ratios = effect.area_ratios({"areas": [0.5, 0.25, 0, 0.1]}, {"areas": [0.25, 0.25, 0.3, 0]})
+    assert ratios == [0.5, 1.0]  # only of what both pictures have
+    assert reading(("cat", 0.25)).area_of("cat") == 0.25 and reading(("cat", 0.25)).area_of("dog") == 0

@@ -94,17 +94,17 @@ def test_at_the_end_of_the_schedule_there_is_nothing_ahead():
 def test_what_is_sound_is_left_alone_bit_for_bit_and_the_rest_gets_all_updates(family):
     pipe, texts = tiny.FAMILIES[family](), ["a cat and a dog", "a dog and a cat"]
     plain = tiny.draw(pipe, texts, steps=3)
-    watch = Segregation("cat", "dog", look_ahead=2, seen=1.0)
+    watch = Segregation("cat", "dog", look_ahead=2, seen=1.0, window=(0, 1))
     with attach(pipe, watch) as attachment:
         all_moved = tiny.draw(pipe, texts, steps=3)
     seen = attachment.run.state(watch).foreseen.seen
     assert seen.shape == (2,) and ((0 < seen) & (seen < 1)).all() and seen[0] != seen[1]
-    with attach(pipe, Segregation("cat", "dog")):
+    with attach(pipe, Segregation("cat", "dog", window=(0, 1))):
         always = tiny.draw(pipe, texts, steps=3)
     assert torch.equal(all_moved, always)
 
     worse = int(seen.argmin())
-    control = Segregation("cat", "dog", look_ahead=2, seen=float(seen.mean()))
+    control = Segregation("cat", "dog", look_ahead=2, seen=float(seen.mean()), window=(0, 1))
     with attach(pipe, control) as attachment:
         drawn = tiny.draw(pipe, texts, steps=3)
     trace = attachment.run.state(control)
@@ -134,7 +134,34 @@ def test_it_is_asked_once_at_the_first_step_of_the_window():
 
 def test_mistakes():
     with pytest.raises(ControlError, match="needs to know what to look for"):
-        Segregation("cat", "dog", look_ahead=2)
+        Excitation("cat", look_ahead=2)
     for wrong in ({"look_ahead": -1}, {"reach": 0.0}, {"reach": 1.5}):
         with pytest.raises(ControlError, match="look_ahead is a number of steps"):
             Segregation("cat", "dog", seen=0.2, **wrong)
+
+
+def test_by_default_it_looks_where_it_can():
+    """Nobody asked: a run of one step, or a model that cannot be looked ahead with, is guided all the same."""
+    pipe = tiny.FAMILIES["sd1"]()
+    for steps, kind in ((1, "epsilon"), (20, "sample")):
+        pipe.scheduler = DDIMScheduler(prediction_type=kind)
+        for control in (Segregation("cat", "dog"), AStar("cat", "dog")):
+            with attach(pipe, control) as attachment:
+                tiny.draw(pipe, ["a cat and a dog"], steps=steps)
+            told = attachment.report.to_json()["traces"][0]
+            assert told["updates"] == (1 if steps == 1 else 3)
+            assert told["look_ahead"] == {"step": 0, "seen": [None], "forwards": 0}
+        asked = Segregation("cat", "dog", look_ahead=2, seen=0.3)
+        with attach(pipe, asked), pytest.raises(ControlError, match="ahead"):
+            tiny.draw(pipe, ["a cat and a dog"], steps=steps)
+
+
+def test_by_default_a_picture_that_will_be_sound_is_left_alone(monkeypatch):
+    pipe = tiny.FAMILIES["sd1"]()
+    plain = tiny.draw(pipe, ["a cat and a dog"], steps=3)
+    for kind in (Segregation, AStar):
+        monkeypatch.setattr(kind, "sound", 1e-6)
+        with attach(pipe, kind("cat", "dog")):
+            assert torch.equal(tiny.draw(pipe, ["a cat and a dog"], steps=3), plain)
+        with attach(pipe, kind("cat", "dog", preset="always")):
+            assert not torch.equal(tiny.draw(pipe, ["a cat and a dog"], steps=3), plain)

@@ -104,7 +104,7 @@ def test_the_gradient_of_the_stopped_forward_is_that_of_the_whole(pipes, family,
     settings: dict[str, Any] = {"maps": "attend-and-excite", "relative": None} if theirs else {}
     if not theirs:  # the fused route, which these small models would not take
         monkeypatch.setattr("attnctl.probabilities.FEW", 0)
-    pipe, control = pipes[family], Watched("cat", "dog", **settings)
+    pipe, control = pipes[family], Watched("cat", "dog", window=(0, 1), **settings)
     with attach(pipe, control) as run:
         tiny.draw(pipe, TEXTS)
     trace, watched = run.run.state(control), control.watched
@@ -199,7 +199,7 @@ class Loud(Segregation):
 
 
 def test_an_update_that_overflows_is_skipped_for_its_image_alone():
-    pipe, control = tiny.sd1().to(torch.float16), Loud("cat", "dog")
+    pipe, control = tiny.sd1().to(torch.float16), Loud("cat", "dog", window=(0, 1))
     moves = []
 
     class Moves(Control):
@@ -217,7 +217,7 @@ def test_an_update_that_overflows_is_skipped_for_its_image_alone():
 
 @pytest.mark.parametrize("scheduler", ["PNDMScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler"])
 def test_every_denoiser_call_gets_an_update(scheduler):
-    pipe, control = tiny.sd1(), Segregation("cat", "dog")
+    pipe, control = tiny.sd1(), Segregation("cat", "dog", window=(0, 1))
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
     with attach(pipe, control) as run:
         assert tiny.draw(pipe, steps=6).isfinite().all()

@@ -68,6 +68,11 @@ class Reading:
         thing = self._find(concept)
         return thing.colour if thing else None
 
+    def area_of(self, concept: str) -> float:
+        """The part of the picture, from 0 to 1, that `concept` covers: mask cells of 0.5 or more. 0 if it is absent."""
+        thing = self._find(concept)
+        return float((thing.mask >= 0.5).mean()) if thing else 0.0
+
     def satisfies(self, prompt: Prompt) -> tuple[tuple[bool, ...], tuple[bool | None, ...]]:
         """For each thing of the prompt: whether it is present, and whether it has the colour asked for.
 
