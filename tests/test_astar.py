@@ -325,7 +325,7 @@ def test_the_early_steps_are_those_of_the_run_wherever_it_starts():
         noise = torch.Generator().manual_seed(0)
         picture = torch.rand(1, 3, 32, 48)
         later("a cat and a dog", picture, strength=0.5, num_inference_steps=20, generator=noise, output_type="latent")
-    assert [step["step"] for step in run.report.to_json()["traces"][0]["steps"]] == [0, 1]  # of 10
+    assert [step["step"] for step in run.report.to_dict()["traces"][0]["steps"]] == [0, 1]  # of 10
 
 
 def test_a_region_is_placed_in_all_steps(pipe):

@@ -107,7 +107,7 @@ def test_images_of_a_call_hold_where_prompts_differ():
     prompts = ["a red cat and a dog", "a cat and a red dog", "a red cat and a dog"]
     noise = [torch.Generator().manual_seed(k) for k in range(3)]
     output = astar(prompts, ["cat", "dog"], {"cat": "red", "dog": "red"}, generator=noise, **settings_of("sd1"))
-    moved = [trace["steps"][0]["updates"][0]["images"] for trace in output.report.to_json()["traces"]]
+    moved = [trace["steps"][0]["updates"][0]["images"] for trace in output.report.to_dict()["traces"]]
     assert moved == [[2], [1]]
 
 
