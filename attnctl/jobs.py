@@ -6,7 +6,8 @@ combination, `zip` one of every position.
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -124,10 +125,11 @@ def check_jobs(rows: Iterable[tuple[str, Any]], where: str = "", empty: str = "t
         JobError: something is wrong; all of it is told.
     """
     jobs, lines = list[Placed](), list[str]()
+    control_text = cache(_control_text)  # of this file: what a control reads from files may change
     for place, row in rows:
         try:
             for one in _expanded(row, JOBS - len(jobs)):
-                jobs.append(Placed(_job(one), f"{where}{place}"))
+                jobs.append(Placed(_job(one, control_text), f"{where}{place}"))
         except Fault as fault:
             lines.append(f"{where}{place}{fault.place}: {fault.said}")
     if lines:
@@ -144,7 +146,7 @@ class Fault(Exception):
         self.said, self.place = said, place
 
 
-def _job(row: Mapping[str, Any]) -> Job:
+def _job(row: Mapping[str, Any], control_text: Callable[[str, str, str], str]) -> Job:
     """A checked job; its controls have their phrases, and hold no file."""
     try:
         job = Job.model_validate(row)
@@ -153,15 +155,22 @@ def _job(row: Mapping[str, Any]) -> Job:
         field, said = str(first["loc"][0]), first["msg"].removeprefix("Value error, ")
         if first["type"] == "missing":
             raise Fault(f"{field} is missing") from None
-        said = re.sub(r"^Input should be (a )?(valid )?", "it takes \\1", said)
+        said = said.replace("Input should", "it should")
+        for theirs, ours in (("a valid integer", "a whole number"), ("a valid string", "text"), ("a valid ", "a ")):
+            said = said.replace(theirs, ours)
         raise Fault(f"{field} {short(repr(first['input']), 60)}: {said}") from None
     try:
-        texts = [with_phrases(text, job.prompt, job.model, lambda _: None) for text in job.controls]
-        for text in texts:
-            control_of(text)
-        return job.model_copy(update={"controls": tuple(map(without_files, texts))})
+        texts = tuple(control_text(text, job.prompt, job.model) for text in job.controls)
+        return job.model_copy(update={"controls": texts})
     except (AttnctlError, OSError) as error:
         raise Fault(f"controls: {error}") from None
+
+
+def _control_text(text: str, prompt: str, model: str) -> str:
+    """The text of a control that can be made, with its phrases and without files."""
+    text = with_phrases(text, prompt, model, lambda _: None)
+    control_of(text)
+    return without_files(text)
 
 
 # --- axes -------------------------------------------------------------------------------------------------------------
