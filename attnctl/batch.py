@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from .asked import control_of, open_model, recipe_of, slug
 from .batch_report import MANIFEST, PICTURE, write_report, write_whole
-from .command import UsageError, check_writable, was_interrupted
+from .command import UsageError, check_writable, plain, was_interrupted
 from .errors import AttnctlError, short
 from .job_files import read_jobs
 from .jobs import Job, Placed, check_jobs
@@ -209,7 +209,7 @@ def _pictures(pipe: "DiffusionPipeline", task: Task, weights: str, bar: "Progres
     )
     controls = [control_of(text) for text in job.controls]
     kind = "controlled" if controls else "plain"
-    drawn = drawing.draw(pipe, recipe, controls, short(job.prompt, 40), bar)
+    drawn = drawing.draw(pipe, recipe, controls, plain(short(job.prompt, 40)), bar)
     files: dict[Path, tuple[Any, Any]] = {}
     if recipe.maps:
         sheet = drawing.pictures({kind: drawn}, recipe)["maps"]

@@ -4,6 +4,7 @@ A row holds the fields of `Job`, and two axes, each a list of values by field: `
 combination, `zip` one of every position.
 """
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -40,7 +41,11 @@ class Job(BaseModel):
     steps: int | None = Field(None, ge=1, le=STEPS)
     guidance: float | None = Field(None, ge=0, allow_inf_nan=False)
     size: str | None = Field(None, description="WIDTHxHEIGHT in pixels.")
-    controls: tuple[str, ...] = Field((), description="As --control writes them; none stands for no control.")
+    controls: tuple[str, ...] = Field(
+        (),
+        description="As --control writes them, one or a list; none stands for no control.",
+        json_schema_extra={"type": ["array", "string"]},
+    )
     maps: bool | tuple[str, ...] = Field((), description="Phrases whose maps are drawn as well; true: each word.")
     model: str = Field("glyph-sd", description="An embedded model, a folder, or a hub id.")
 
@@ -159,6 +164,11 @@ def _job(row: Mapping[str, Any], control_text: Callable[[str, str, str], str]) -
         for theirs, ours in (("a valid integer", "a whole number"), ("a valid string", "text"), ("a valid ", "a ")):
             said = said.replace(theirs, ours)
         raise Fault(f"{field} {short(repr(first['input']), 60)}: {said}") from None
+    for field, value in job:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise Fault(f"{field} {short(ascii(value), 60)}: it holds half a character") from None
     try:
         texts = tuple(control_text(text, job.prompt, job.model) for text in job.controls)
         return job.model_copy(update={"controls": texts})

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -111,6 +112,14 @@ def test_job_files_of_the_demos(file):
     assert len(job_files.read_jobs(file)) in (12, 16)
 
 
+def test_the_page_about_batches(write):
+    page = (ROOT / "docs" / "batch.md").read_text()
+    (example,) = re.findall(r"    model: glyph-sd\n(?:    .*\n)+", page)
+    assert len(job_files.read_jobs(write("a.yaml", example))) == 16
+    table = "".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    assert re.findall(r"`(\w+)`", table) == list(jobs.FIELDS)
+
+
 BAD = {
     "unknown field.yaml": ("- prompt: a cat\n- {prompt: a dog, sede: 1}", "row 2: unknown field 'sede'; did you mean"),
     "no prompt.yaml": ("- seed: 1", "row 1: prompt is missing"),
@@ -143,6 +152,8 @@ BAD = {
     "model.yaml": ("- {prompt: a, model: glyph-xd}", "row 1: model 'glyph-xd': unknown model"),
     "object.yaml": ("- !!python/object:os.system {}", "line 1: "),
     "loop.yaml": ("- prompt: a\n  controls: &a [*a]", "row 1: controls "),
+    "half a character.jsonl": ('{"prompt": "\\ud800"}', "line 1: prompt '\\ud800': it holds half a character"),
+    "one thing.jsonl": ('{"prompt": "a cat", "controls": "segregation"}', "line 1: controls: "),
     "empty.csv": ("", "it holds no job"),
     "jobs.txt": ("a", "the name of a job file ends in one of .yaml"),
 }
