@@ -7,11 +7,24 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import __version__
+from .asked import (
+    control_of,
+    filled,
+    glyph_things,
+    known_controls,
+    open_model,
+    read_things,
+    recipe_of,
+    slug,
+    surroundings,
+    with_phrases,
+    without_files,
+)
 from .command import UsageError, check_writable, plain, run, tell
 from .errors import short
 from .limits import LARGEST, STEPS, THREADS
@@ -19,9 +32,7 @@ from .limits import LARGEST, STEPS, THREADS
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL import Image
-    from rich.progress import Progress
 
-    from .control import Control
     from .drawing import Drawing
     from .recipe import Recipe
 
@@ -130,36 +141,29 @@ def generate(
     if trace and not texts:
         raise UsageError("--trace tells what a control does: give --control as well")
     check_writable(out)
-    texts = [_without_files(text) for text in texts]
-    controls = [_control(text) for text in texts]
+    texts = [without_files(text) for text in texts]
+    controls = [control_of(text) for text in texts]
 
-    from . import drawing, loading, recipe
+    from . import drawing, loading
     from .bars import bars, paused
 
     if threads is None and model in loading.embedded():
         threads = 1  # so small a model gains little by more, and beside a busy process they wait for one another
     with bars() as bar:
-        pipe = _open(model, device, dtype, bar, threads)
+        pipe = open_model(model, device, dtype, bar, threads)
         if shape is not None:
             drawing.check_size(pipe, *shape)
-        usual = loading.USUAL.get(model, {})
-        first = recipe.Recipe(
+        first = recipe_of(
+            pipe,
             model=model,
-            weights=recipe.weights_hash(pipe),
             prompt=prompt,
             negative=negative,
-            sampler=recipe.sampler_of(pipe),
             seed=seed,
-            steps=steps or usual.get("steps") or drawing.default_setting(pipe, "num_inference_steps"),
-            width=shape[0] if shape else None,
-            height=shape[1] if shape else None,
-            guidance=next(
-                (g for g in (guidance, usual.get("guidance")) if g is not None),
-                drawing.default_setting(pipe, "guidance_scale"),
-            ),
+            steps=steps,
+            size=shape,
+            guidance=guidance,
             controls=tuple(texts),
             maps=_mapped_words(pipe, prompt) if maps else (),
-            **_surroundings(pipe),
         )
         if negative and first.guidance is not None and first.guidance <= 1:
             tell(f"--negative does nothing without guidance, which is {first.guidance:g}")
@@ -222,63 +226,19 @@ def _control_texts(prompt: str, model: str, texts: list[str], subjects: str | No
         if texts:
             raise UsageError("--subjects is short for one --control; give one of the two")
         if subjects.strip().lower() == "auto":
-            return [_filled("segregation", "", _read_things(prompt), "--subjects auto")]
+            return [filled("segregation", "", read_things(prompt), "--subjects auto")]
         phrases = [phrase.strip() for phrase in subjects.split(",")]
         if len(phrases) < 2 or not all(phrases):
             raise UsageError(f"--subjects {subjects!r}: at least two phrases of the prompt, with commas between them")
         return [write_control("segregation", *phrases)]
     if texts or not compare:
-        return [_with_phrases(text, prompt, model) for text in texts]
-    things = _glyph_things(prompt) if model in embedded() else []
+        return [with_phrases(text, prompt, model) for text in texts]
+    things = glyph_things(prompt) if model in embedded() else []
     if len(things) < 2:
         raise UsageError("--compare has nothing to compare with: give --control, or --subjects 'PHRASE, PHRASE'")
     chosen = write_control("segregation", *things)
     tell(f"no control was given, so {chosen} is compared with none")
     return [chosen]
-
-
-READ = {"segregation": 2, "astar": 2, "excitation": 1, "retention": 1}
-"""The controls that read their phrases from the prompt where none is named, and how many they need."""
-
-
-def _with_phrases(text: str, prompt: str, model: str) -> str:
-    """A control's text; if it names no phrase, with the things that the prompt names, which are told on stderr."""
-    from .control_text import named, phraseless
-    from .loading import embedded
-
-    bare = phraseless(text)
-    kind = named(bare[0], known_controls()).__name__.lower() if bare else ""
-    if bare is None or kind not in READ:
-        return text
-    things = _glyph_things(prompt) if model in embedded() else []
-    if len(things) < READ[kind]:
-        things = _read_things(prompt)
-    return _filled(*bare, things, f"--control {bare[0]}", READ[kind])
-
-
-def _read_things(prompt: str) -> list[str]:
-    """The things that any prompt names, with their adjectives."""
-    from .subjects import read_subjects
-
-    return [subject.whole for subject in read_subjects(prompt)]
-
-
-def _filled(name: str, settings: str, things: list[str], asked: str, least: int = 2) -> str:
-    from .control_text import write_control
-
-    if len(things) < least:
-        raise UsageError(f"{asked}: the prompt names one thing, {things[0]!r}; two are kept apart")
-    chosen = write_control(name, *things, settings=settings)
-    tell(f"the prompt names {', '.join(things)}: {chosen}")
-    return chosen
-
-
-def _glyph_things(prompt: str) -> list[str]:
-    """The phrases of the prompt that name a thing of the glyph world."""
-    from .drawing import content_words
-    from .glyph.words import CONCEPTS
-
-    return [phrase for phrase in content_words(prompt) if phrase.partition("#")[0] in CONCEPTS]
 
 
 def _mapped_words(pipe: "DiffusionPipeline", prompt: str) -> tuple[str, ...]:
@@ -293,69 +253,6 @@ def _mapped_words(pipe: "DiffusionPipeline", prompt: str) -> tuple[str, ...]:
     return shown
 
 
-def known_controls() -> "dict[str, type[Control]]":
-    """The controls of `attnctl.processors` that change a picture, by class name; --maps is for what only looks."""
-    from . import processors
-    from .control import Control, Lane
-
-    found = {name: getattr(processors, name) for name in dir(processors) if not name.startswith("_")}
-    controls = {name: it for name, it in found.items() if isinstance(it, type) and issubclass(it, Control)}
-    return {name: it for name, it in controls.items() if it is not Control and it.lane is not Lane.MAPS}
-
-
-def _control(text: str) -> "Control":
-    from .control_text import parse_control
-
-    return parse_control(text, known_controls())
-
-
-def _without_files(text: str) -> str:
-    """The control's text for the recipe: heads and masks that stand in files are written out, since files change."""
-    from .heads import files_of, read_heads
-
-    control = _control(text)
-    for file in files_of(getattr(control, "heads", ())):
-        heads = read_heads(Path(file).expanduser())
-        text = text.replace(file, " ".join(map(str, heads)) if isinstance(heads, tuple) else str(heads))
-    for _, region in getattr(control, "masks", ()):
-        if region.file is not None:
-            from .regions import written
-
-            place = rf"""([:,]\s*)(["']?){re.escape(region.file)}\2(?=\s*[])}},])"""
-            text = re.sub(place, rf"\1'{written(region.file)}'", text)
-    return text
-
-
-def _open(
-    model: str, device: str | None, dtype: str, bar: "Progress", threads: int | None = None
-) -> "DiffusionPipeline":
-    """The pipeline; from then on torch works with so many threads, or, if None, with its own number."""
-    task = bar.add_task(f"loading {plain(model)}", total=None)
-    import torch
-
-    from .loading import load
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    torch.backends.cudnn.deterministic = True  # a seed means one picture
-    pipe = load(model, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype=dtype)
-    bar.remove_task(task)
-    return pipe
-
-
-def _surroundings(pipe: "DiffusionPipeline") -> dict[str, Any]:
-    import torch
-
-    from .recipe import installed_versions
-
-    return {
-        "device": str(pipe.device),
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "versions": installed_versions(),
-    }
-
-
 def _save(drawings: "dict[str, Drawing]", recipe: "Recipe", out: Path) -> list[Path]:
     """Write the pictures of one drawing, all or none, the one to look at last; returns their paths.
 
@@ -365,8 +262,7 @@ def _save(drawings: "dict[str, Drawing]", recipe: "Recipe", out: Path) -> list[P
     from .drawing import pictures
     from .recipe import save
 
-    slug = re.sub(r"[^a-z0-9]+", "-", recipe.prompt.lower()).strip("-")[:48].rstrip("-") or "picture"
-    stem = f"{slug}-{recipe.seed}-{recipe.digest()}"
+    stem = f"{slug(recipe.prompt)}-{recipe.seed}-{recipe.digest()}"
     traces: dict[Path, Callable[[Path], object]] = {}
     for drawn in drawings.values():
         if drawn.trace is not None:
@@ -387,6 +283,39 @@ def _save(drawings: "dict[str, Drawing]", recipe: "Recipe", out: Path) -> list[P
                 one.unlink(missing_ok=True)
             raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
     return [*traces, *shown]
+
+
+# --- batch ------------------------------------------------------------------------------------------------------------
+
+
+@app.command(no_args_is_help=True)
+def batch(
+    file: Annotated[Path | None, typer.Argument(help="Jobs, as .yaml, .jsonl or .csv.", show_default=False)] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures; made if need be.")] = Path("out"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the file, say what is to draw, and stop.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Draw only what failed before.")] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Make the manifest and contact sheets of this folder again, and stop.")
+    ] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a row, and stop.")] = False,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "float32",
+    threads: Annotated[int | None, typer.Option(help="Threads of the processor; default: as for generate.")] = None,
+) -> None:
+    """Draw many pictures from a file of jobs; what is in the folder already is not drawn again.
+
+    - attnctl batch jobs.yaml --out night --dry-run
+    - attnctl batch jobs.yaml --out night
+
+    A row holds prompt, negative, seed, steps, guidance, size, controls, maps and model. Axes make many jobs of one row:
+    product: {seed: [1, 2, 3], controls: [none, segregation, astar]} takes every combination, zip: takes lists in step.
+
+    A batch that was stopped, in whatever way, goes on with the same command. Exit code 1: some job failed, and
+    failures.jsonl says which and why.
+    """
+    from . import batch_command
+
+    batch_command.run(file, out, dry_run, retry_failed, report, schema, device, dtype, threads)
 
 
 # --- reproduce, judge, controls, sites --------------------------------------------------------------------------------
@@ -411,10 +340,10 @@ def reproduce(
     picture, known = recipe.read(image)
     if out is not None:
         check_writable(out)
-    controls = [_control(text) for text in known.controls]
+    controls = [control_of(text) for text in known.controls]
     with bars() as bar:
-        pipe = _open(model or known.model, device or known.device, known.dtype, bar, known.threads)
-        used = {"model": model or known.model, "weights": recipe.weights_hash(pipe), **_surroundings(pipe)}
+        pipe = open_model(model or known.model, device or known.device, known.dtype, bar, known.threads)
+        used = {"model": model or known.model, "weights": recipe.weights_hash(pipe), **surroundings(pipe)}
         used["sampler"] = recipe.sampler_of(pipe)
         changes = known.differences(recipe.installed_versions(), used["weights"])
         drawings = {
@@ -524,7 +453,7 @@ def sites(
     from .site_table import HEADINGS, site_rows
 
     with bars() as bar:
-        pipe = _open(model, "cpu", "float32", bar)
+        pipe = open_model(model, "cpu", "float32", bar)
     if shape is not None:
         check_size(pipe, *shape)
     table = Table(*HEADINGS)

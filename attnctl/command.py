@@ -43,7 +43,7 @@ def run(app: typer.Typer, name: str, words: list[str] | None = None) -> NoReturn
     except (typer.Abort, KeyboardInterrupt):
         code = interrupted(name)
     except Exception as error:
-        if _was_interrupted(error):
+        if was_interrupted(error):
             sys.exit(interrupted(name))
         if not hasattr(error, "format_message"):
             raise  # a bug: its traceback is wanted
@@ -69,9 +69,9 @@ def interrupted(name: str) -> int:
     return 130
 
 
-def _was_interrupted(error: BaseException | None) -> bool:
+def was_interrupted(error: BaseException | None) -> bool:
     """Ctrl-C is behind it: some libraries, while they are imported, make another error of that."""
-    return error is not None and (isinstance(error, KeyboardInterrupt) or _was_interrupted(error.__context__))
+    return error is not None and (isinstance(error, KeyboardInterrupt) or was_interrupted(error.__context__))
 
 
 def tell(text: str, name: str = "attnctl") -> None:

@@ -111,6 +111,11 @@ def _folder(model: str | Path) -> Path | None:
     return None
 
 
+def check_name(model: str | Path) -> None:
+    """Raise `ModelError` unless this names an embedded model or a folder, or may name one of the hub."""
+    _folder(model)
+
+
 def _known() -> str:
     return f"embedded models: {', '.join(embedded()) or 'none'}; other models are a folder or a hub id such as org/name"
 

@@ -13,12 +13,12 @@ import tiny as pipelines
 from PIL import Image
 
 import attnctl
-from attnctl import cli, recipe
+from attnctl import asked, cli, recipe
 from attnctl.control import Control, Lane
 from attnctl.sites import select
 
 WORDS = "a cat and a dog"
-KNOWN = cli.known_controls
+KNOWN = asked.known_controls
 HERE = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}  # this checkout, also where another is installed
 
 
@@ -51,7 +51,7 @@ def tiny(tmp_path_factory):
 def somewhere(tmp_path, monkeypatch):
     """Each test in an empty folder, without a hub, with one control of its own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "known_controls", lambda: {"Damp": Damp})
+    monkeypatch.setattr(asked, "known_controls", lambda: {"Damp": Damp})
     return tmp_path
 
 
@@ -162,7 +162,7 @@ def test_maps_stand_under_both_pictures_of_a_comparison(generate):
 
 
 def test_subjects_are_short_for_segregation(generate, run, monkeypatch):
-    monkeypatch.setattr(cli, "known_controls", KNOWN)
+    monkeypatch.setattr(asked, "known_controls", KNOWN)
     code, out, err = generate("--subjects", "cat, dog", "--compare")
     assert (code, err) == (0, [])
     plain, controlled = (recipe.read(Path(path))[1] for path in out[:2])
@@ -172,8 +172,8 @@ def test_subjects_are_short_for_segregation(generate, run, monkeypatch):
 
 
 def test_things_of_the_glyph_world_are_found_in_the_prompt():
-    assert cli._glyph_things("a cat and a red car") == ["cat", "car"]
-    assert cli._glyph_things("a cat, a cat and a painting") == ["cat#1", "cat#2"]
+    assert asked.glyph_things("a cat and a red car") == ["cat", "car"]
+    assert asked.glyph_things("a cat, a cat and a painting") == ["cat#1", "cat#2"]
 
 
 # --- reproduce --------------------------------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ def test_an_embedded_model_is_judged_and_its_things_are_found(run, judge, tiny, 
     from attnctl import loading
 
     monkeypatch.setattr(loading, "MODELS", tiny.parent)
-    monkeypatch.setattr(cli, "known_controls", lambda: {"Segregation": Damp})
+    monkeypatch.setattr(asked, "known_controls", lambda: {"Segregation": Damp})
     code, out, err = run("generate", WORDS, "--model", "tiny", "--steps", 1, "--compare")
     assert code == 0
     assert out[:2] == ["plain       the judge sees a cat", "controlled  the judge sees a cat"]
@@ -323,7 +323,7 @@ def test_bad_request(generate, somewhere, words, said):
 
 
 def test_latents_that_are_not_finite_are_an_error_that_names_the_control(generate, somewhere, monkeypatch):
-    monkeypatch.setattr(cli, "known_controls", KNOWN)
+    monkeypatch.setattr(asked, "known_controls", KNOWN)
     code, out, err = generate("--control", "segregation(cat, dog, strength=1e30)")
     assert (code, out, len(err)) == (2, [], 1) and list(somewhere.iterdir()) == []
     assert "Segregation" in err[0] and "not finite" in err[0] and "strength" in err[0]
@@ -336,7 +336,7 @@ def test_a_picture_that_is_not_finite_is_an_error(generate, somewhere):
 
 
 def test_a_trace_is_data_and_pictures(generate, monkeypatch):
-    monkeypatch.setattr(cli, "known_controls", KNOWN)
+    monkeypatch.setattr(asked, "known_controls", KNOWN)
     code, out, err = generate("--control", "astar(cat, dog, window=[0, 1])", "--trace", "--compare")
     assert (code, err) == (0, [])
     told, *shown = map(Path, out)
@@ -360,7 +360,7 @@ def test_a_trace_of_a_control_without_losses_has_no_curves(generate):
 
 
 def test_subjects_are_read_from_the_prompt(generate, monkeypatch):
-    monkeypatch.setattr(cli, "known_controls", KNOWN)
+    monkeypatch.setattr(asked, "known_controls", KNOWN)
     code, out, err = generate("--subjects", "auto", "--steps", 1, prompt="a red cat and a dog")
     assert code == 0 and err == ["attnctl: the prompt names red cat, dog: segregation(red cat, dog)"]
     assert recipe.read(Path(out[-1]))[1].controls == ("segregation(red cat, dog)",)
@@ -378,7 +378,7 @@ def test_subjects_are_read_from_the_prompt(generate, monkeypatch):
     ],
 )
 def test_a_control_without_phrases_reads_them_from_the_prompt(generate, monkeypatch, control, filled):
-    monkeypatch.setattr(cli, "known_controls", KNOWN)
+    monkeypatch.setattr(asked, "known_controls", KNOWN)
     code, out, err = generate("--control", control, "--steps", 1, prompt="a red cat and a dog")
     assert code == 0 and err == [f"attnctl: the prompt names red cat, dog: {filled}"]
     assert recipe.read(Path(out[-1]))[1].controls == (filled,)
@@ -388,14 +388,14 @@ def test_a_control_without_phrases_on_an_embedded_model_knows_its_things(run, ju
     from attnctl import loading, subjects
 
     monkeypatch.setattr(loading, "MODELS", tiny.parent)
-    monkeypatch.setattr(cli, "known_controls", KNOWN)
+    monkeypatch.setattr(asked, "known_controls", KNOWN)
     monkeypatch.setattr(subjects, "read_subjects", lambda _: pytest.fail("no tagger is needed here"))
     code, out, err = run("generate", WORDS, "--model", "tiny", "--steps", 1, "--control", "segregation(strength=0.5)")
     assert code == 0 and err == ["attnctl: the prompt names cat, dog: segregation(cat, dog, strength=0.5)"]
 
 
 def test_a_control_without_phrases_says_what_it_lacks(generate, monkeypatch):
-    monkeypatch.setattr(cli, "known_controls", KNOWN)
+    monkeypatch.setattr(asked, "known_controls", KNOWN)
     code, out, err = generate("--control", "segregation", prompt="a cat")
     assert (code, out, len(err)) == (2, [], 1) and "the prompt names one thing, 'cat'; two are kept apart" in err[0]
     code, out, err = generate("--control", "retention", "--steps", 1, prompt="a cat")
@@ -407,9 +407,9 @@ def test_a_control_without_phrases_says_what_it_lacks(generate, monkeypatch):
 
 
 def test_a_picture_left_alone_says_so(generate, run, monkeypatch):
-    monkeypatch.setattr(cli, "known_controls", KNOWN)
-    asked = ("--compare", "--trace", "--control", "segregation(cat, dog, look_ahead=1, seen={})")
-    code, out, err = generate(*asked[:-1], asked[-1].format("1e-6"))
+    monkeypatch.setattr(asked, "known_controls", KNOWN)
+    words = ("--compare", "--trace", "--control", "segregation(cat, dog, look_ahead=1, seen={})")
+    code, out, err = generate(*words[:-1], words[-1].format("1e-6"))
     assert (code, err) == (0, [])
     assert out[0] == "controlled  left alone by Segregation, which looked ahead and saw every phrase"
     trace = json.loads(next(Path(line) for line in out if line.endswith("trace.json")).read_text())
@@ -420,9 +420,9 @@ def test_a_picture_left_alone_says_so(generate, run, monkeypatch):
         from attnctl import drawing
 
         patch.setattr(drawing, "_left_alone", lambda *_: ())  # what the sheet says is in its caption
-        _, silent, _ = generate(*asked[:-1], asked[-1].format("1e-6"), "--out", "silent")
+        _, silent, _ = generate(*words[:-1], words[-1].format("1e-6"), "--out", "silent")
         assert Image.open(silent[-1]).tobytes() != sheet.tobytes()
-    code, out, err = generate(*asked[:-1], asked[-1].format("1"))
+    code, out, err = generate(*words[:-1], words[-1].format("1"))
     assert not any("left alone" in line for line in out)
     trace = json.loads(next(Path(line) for line in out if line.endswith("trace.json")).read_text())
     assert trace["traces"][0]["look_ahead"]["left_alone"] == []
@@ -430,7 +430,7 @@ def test_a_picture_left_alone_says_so(generate, run, monkeypatch):
 
 @pytest.mark.parametrize("masks", ["{cat: %s}", "{'cat': '%s'}", "[[cat, %s]]", '(("cat", "%s"),)'])
 def test_a_mask_file_is_named_on_the_command_line(generate, run, somewhere, monkeypatch, masks):
-    monkeypatch.setattr(cli, "known_controls", KNOWN)
+    monkeypatch.setattr(asked, "known_controls", KNOWN)
     left = Image.new("L", (16, 16))
     left.paste(255, (0, 0, 8, 16))
     left.save("left half.png")
@@ -447,7 +447,7 @@ def test_a_mask_file_is_named_on_the_command_line(generate, run, somewhere, monk
 
 
 def test_a_mask_file_that_is_not_there(generate, monkeypatch):
-    monkeypatch.setattr(cli, "known_controls", KNOWN)
+    monkeypatch.setattr(asked, "known_controls", KNOWN)
     code, out, err = generate("--control", "retention(cat, masks={cat: nowhere.png})")
     assert (code, out, len(err)) == (2, [], 1) and "cannot read the picture nowhere.png" in err[0]
 
@@ -481,7 +481,7 @@ def test_an_embedded_model_draws_with_one_thread_unless_told(run, judge, tiny, m
 
 
 def test_controls_are_listed_and_explained(run, monkeypatch):
-    monkeypatch.setattr(cli, "known_controls", KNOWN)
+    monkeypatch.setattr(asked, "known_controls", KNOWN)
     code, out, err = run("controls")
     assert (code, err) == (0, []) and any(line.startswith("segregation(*phrases, strength=1.0") for line in out)
     code, whole, err = run("controls", "Segregation")

@@ -150,7 +150,7 @@ def test_by_default_it_looks_where_it_can():
                 tiny.draw(pipe, ["a cat and a dog"], steps=steps)
             told = attachment.report.to_dict()["traces"][0]
             assert told["updates"] == (1 if steps == 1 else 3)
-            assert told["look_ahead"] == {"step": 0, "seen": [None], "forwards": 0}
+            assert told["look_ahead"] == {"step": 0, "seen": [None], "forwards": 0, "left_alone": []}
         asked = Segregation("cat", "dog", look_ahead=2, seen=0.3)
         with attach(pipe, asked), pytest.raises(ControlError, match="ahead"):
             tiny.draw(pipe, ["a cat and a dog"], steps=steps)

@@ -1,0 +1,363 @@
+"""Batches: job files, their faults, and the folder that goes on where it was."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny as pipelines
+from PIL import Image
+
+from attnctl import batch, cli, job_files, jobs, recipe
+
+ROOT = Path(__file__).parent.parent
+PROMPT = "a cat and a dog"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    pipelines.sd1().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, content):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """command("batch", ...) -> (exit code, lines of stdout, lines of stderr)."""
+
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", ["attnctl", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capfd.readouterr()
+        return stop.value.code, out.splitlines(), err.splitlines()
+
+    return command
+
+
+def rows(file):
+    return [(one.job.prompt, one.job.seed, one.job.controls) for one in job_files.read_jobs(file)]
+
+
+def pictures(folder):
+    return {path.name: recipe.pixel_hash(recipe.read(path)[0]) for path in folder.glob("*-????????????.png")}
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+SEGREGATION = "segregation(cat, dog)"
+
+
+def test_the_three_formats_say_the_same(write):
+    yaml = "- {prompt: a cat and a dog, seed: 3, controls: [segregation]}\n- {prompt: a dog, guidance: 2, size: 64x32}"
+    lines = (
+        '{"prompt": "a cat and a dog", "seed": 3, "controls": "segregation"}\n\n'
+        '{"prompt": "a dog", "guidance": 2, "size": "64x32"}\n'
+    )
+    table = "prompt,seed,controls,guidance,size\na cat and a dog,3,segregation,,\na dog,,none,2,64x32\n"
+    files = [write("a.yaml", yaml), write("a.jsonl", lines), write("a.csv", "\ufeff" + table)]
+    read = [[one.job for one in job_files.read_jobs(file)] for file in files]
+    assert read[0] == read[1] == read[2]
+    assert read[0][0].controls == (SEGREGATION,) and read[0][1].shape == (64, 32)
+    assert [job_files.read_jobs(file)[1].place.rpartition(", ")[2] for file in files] == ["row 2", "line 3", "line 3"]
+
+
+def test_lists_in_a_table(write):
+    table = f'prompt,controls,maps\na cat and a dog,"{SEGREGATION}; retention(cat, dog)",cat; dog\na dog,,true\n'
+    first, second = (one.job for one in job_files.read_jobs(write("a.csv", table)))
+    assert first.controls == (SEGREGATION, "retention(cat, dog)") and first.maps == ("cat", "dog")
+    assert second.maps is True and second.controls == ()
+
+
+def test_axes_make_many_jobs_of_a_row(write):
+    text = """
+    prompt: a cat and a dog
+    product: {seed: [1, 2], controls: [none, segregation]}
+    zip: {steps: [1, 2], guidance: [3, 4]}
+    """
+    file = write("a.yml", text)
+    found = [one.job for one in job_files.read_jobs(file)]
+    assert [(job.steps, job.guidance, job.seed, job.controls) for job in found] == [
+        (steps, guidance, seed, controls)
+        for steps, guidance in ((1, 3.0), (2, 4.0))
+        for seed in (1, 2)
+        for controls in ((), (SEGREGATION,))
+    ]
+    line = {"product": {"prompt": ["a cat", "a dog"], "seed": [0, 1]}}
+    assert [row[:2] for row in rows(write("a.jsonl", json.dumps(line)))] == [
+        ("a cat", 0),
+        ("a cat", 1),
+        ("a dog", 0),
+        ("a dog", 1),
+    ]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "demos" / "recipes").glob("*.yaml")), ids=lambda file: file.stem)
+def test_job_files_of_the_demos(file):
+    assert len(job_files.read_jobs(file)) in (12, 16)
+
+
+def test_the_page_about_batches(write):
+    page = (ROOT / "docs" / "batch.md").read_text()
+    (example,) = re.findall(r"    model: glyph-sd\n(?:    .*\n)+", page)
+    assert len(job_files.read_jobs(write("a.yaml", example))) == 16
+    table = "".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    assert re.findall(r"`(\w+)`", table) == list(jobs.FIELDS)
+
+
+BAD = {
+    "unknown field.yaml": ("- prompt: a cat\n- {prompt: a dog, sede: 1}", "row 2: unknown field 'sede'; did you mean"),
+    "no prompt.yaml": ("- seed: 1", "row 1: prompt is missing"),
+    "empty prompt.yaml": ("- prompt: ' '", "row 1: prompt ' ': it is empty"),
+    "negative seed.jsonl": (
+        '{"prompt": "a"}\n\n{"prompt": "a", "seed": -1}',
+        "line 3: seed -1: it should be greater than or equal to 0",
+    ),
+    "seed as text.jsonl": ('{"prompt": "a", "seed": "one"}', "line 1: seed 'one': it should be a whole number"),
+    "no number.jsonl": ('{"prompt": "a", "guidance": NaN}', "line 1: guidance nan: it should be a finite number"),
+    "half steps.csv": ("prompt,steps\na,1\na,1.5\n", "line 3: steps '1.5': it should be a whole number"),
+    "size.csv": ("prompt,size\na,512\n", "line 2: size '512': write it as WIDTHxHEIGHT"),
+    "yes and no.yaml": ("prompt: a cat\nnegative: no", "row 1: negative False: it should be text"),
+    "syntax.yaml": ("- prompt: a cat\n- prompt: [a dog\n", "line 3: "),
+    "twice.yaml": ("- prompt: a\n  seed: 1\n  seed: 2", "line 1: seed is given twice"),
+    "syntax.jsonl": ('{"prompt": "a"}\n{"prompt": }', "line 2: it is no JSON"),
+    "no row.jsonl": ('{"prompt": "a"}\n7', "line 2: 7 is no row"),
+    "cells.csv": ("prompt,seed\na,1,2\n", "line 2: 3 cells under 2 fields"),
+    "head.csv": ("promt\na\n", "line 1: unknown field 'promt'; did you mean prompt?"),
+    "quote.csv": ('prompt\n"a\n', "it is no CSV"),
+    "not utf-8.csv": (b"prompt\na\n\xff\n", "line 3: it is not UTF-8 text"),
+    "control.yaml": ("- {prompt: a cat, controls: [segregatio]}", "row 1: controls: unknown control 'segregatio'; did"),
+    "setting.csv": ('prompt,controls\na,"segregation(a, b, strong=1)"\n', "line 2: controls: control 'segregation"),
+    "missing file.yaml": ("- {prompt: a cat, controls: 'perturb(heads=none.json)'}", "row 1: controls: "),
+    "lengths.yaml": ("prompt: a\nzip: {seed: [1, 2], steps: [1]}", "row 1: zip: its lists are as long as each other"),
+    "no list.yaml": ("prompt: a\nproduct: {seed: 1}", "row 1: product.seed 1: it takes a list"),
+    "axis.yaml": ("prompt: a\nproduct: {seeds: [1]}", "row 1: product: unknown field 'seeds'; did you mean seed?"),
+    "axis and field.yaml": ("prompt: a\nseed: 1\nproduct: {seed: [1]}", "row 1: product.seed: the field is given"),
+    "too many.yaml": (f"prompt: a\nproduct: {{seed: {[1] * 400}, steps: {[1] * 400}}}", "row 1: more than 100000 jobs"),
+    "model.yaml": ("- {prompt: a, model: glyph-xd}", "row 1: model 'glyph-xd': unknown model"),
+    "object.yaml": ("- !!python/object:os.system {}", "line 1: "),
+    "loop.yaml": ("- prompt: a\n  controls: &a [*a]", "row 1: controls "),
+    "half a character.jsonl": ('{"prompt": "\\ud800"}', "line 1: prompt '\\ud800': it holds half a character"),
+    "one thing.jsonl": ('{"prompt": "a cat", "controls": "segregation"}', "line 1: controls: "),
+    "empty.csv": ("", "it holds no job"),
+    "jobs.txt": ("a", "the name of a job file ends in one of .yaml"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_fault_is_one_line_with_its_place(write, command, tmp_path, name):
+    content, said = BAD[name]
+    code, out, err = command("batch", write(name, content), "--out", tmp_path / "out")
+    assert (code, out, len(err)) == (2, [], 1), err
+    assert name in err[0] and said in err[0] and len(err[0]) < 400 + len(str(tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_faults_of_a_file_are_told(write, command):
+    code, _, err = command("batch", write("a.csv", "prompt,seed\na,-1\nb,1\nc,x\n"))
+    assert code == 2 and [line.rpartition("line ")[2][:7] for line in err] == ["2: seed", "4: seed"]
+
+
+def test_schema_is_that_of_the_rows(command):
+    code, out, _ = command("batch", "--schema")
+    schema = json.loads("\n".join(out))
+    assert code == 0 and set(schema["properties"]) == {*jobs.FIELDS, "product", "zip"}
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def some(write, tiny):
+    """A job file of four pictures; `seed` is of the last."""
+
+    def some(seed=7):
+        lines = [{"product": {"seed": [1, 2]}, "controls": SEGREGATION}, {"maps": ["cat"]}, {"seed": seed}]
+        fixed = {"prompt": PROMPT, "steps": 2, "model": tiny}
+        return write("jobs.jsonl", "".join(json.dumps(fixed | line) + "\n" for line in lines))
+
+    return some
+
+
+def test_a_second_start_draws_what_is_missing_and_no_more(some, command, tmp_path):
+    out = tmp_path / "out"
+    code, said, err = command("batch", some(), "--out", out, "--dry-run")
+    assert (code, said[:2], err) == (0, ["4 pictures, 0 there already, 4 to draw", "8 steps"], []) and not out.exists()
+    assert command("batch", some(), "--out", out)[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    assert len(pictures(out)) == 4 and len(list(out.glob("*-maps.png"))) == 1
+    code, said, _ = command("batch", some(), "--out", out)
+    assert code == 0 and said[-1].startswith("0 pictures drawn, 4 there already, 0 failed")
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*.png")} == before
+    assert "4 there already, 0 to draw" in command("batch", some(), "--out", out, "--dry-run")[1][0]
+    lost = next(out.glob("*-1-????????????.png"))
+    lost.unlink()
+    (out / ".0123456789abcdef.part").write_bytes(b"cut off")
+    code, said, _ = command("batch", some(seed=8), "--out", out)
+    assert code == 0 and said[-1].startswith("2 pictures drawn, 2 there already") and lost.exists()
+    assert len(pictures(out)) == 5 and not list(out.glob("*.part"))
+
+
+def test_a_picture_of_a_batch_is_that_of_generate(some, command, tiny, tmp_path):
+    results = list(batch.run(some(), tmp_path / "out"))
+    assert [result.drawn for result in results] == [True] * 4
+    for result in results:
+        words = ["--control", SEGREGATION] if result.job.controls else []
+        single = tmp_path / f"single-{result.path.stem}"
+        command("generate", PROMPT, "-m", tiny, "--steps", 2, "--seed", result.job.seed, "-o", single, *words)
+        (picture,) = single.glob("*.png")
+        (mine, kept), (alone, its) = recipe.read(result.path), recipe.read(picture)
+        assert recipe.pixel_hash(mine) == recipe.pixel_hash(alone)
+        assert kept.to_json() == its.to_json() or result.job.maps
+    for path in (results[0].path, next((tmp_path / "out").glob("*-maps.png"))):
+        assert command("reproduce", path)[1] == ["bit-identical"]
+
+
+def test_a_job_that_fails_is_noted_and_the_rest_is_drawn(write, command, tiny, tmp_path):
+    out, fixed = tmp_path / "out", {"prompt": PROMPT, "steps": 1, "model": tiny}
+
+    def lines(phrase):
+        controls = [f"segregation(cat, {phrase})", "none", "none"]
+        return "\n".join(json.dumps(fixed | {"controls": one, "seed": n}) for n, one in enumerate(controls))
+
+    code, said, err = command("batch", write("a.jsonl", lines("lion")), "--out", out)
+    assert code == 1 and said[-1].startswith("2 pictures drawn, 0 there already, 1 failed")
+    assert "line 1, seed 0: 'lion' is not in the prompt" in err[0]
+    (note,) = map(json.loads, (out / "failures.jsonl").read_text().splitlines())
+    assert note["seed"] == 0 and "'lion'" in note["error"]
+    next(out.glob("*-1-????????????.png")).unlink()
+    code, said, _ = command("batch", tmp_path / "a.jsonl", "--out", out, "--retry-failed")
+    assert code == 1 and said[-1].startswith("0 pictures drawn, 1 there already, 1 failed")
+    assert len((out / "failures.jsonl").read_text().splitlines()) == 1
+    code, said, _ = command("batch", write("a.jsonl", lines("dog")), "--out", out)
+    assert code == 0 and said[-1].startswith("2 pictures drawn, 1 there already, 0 failed")
+
+
+def test_a_failure_that_is_mended_is_forgotten(some, tmp_path, monkeypatch):
+    from attnctl import drawing
+
+    own, out = drawing.draw, tmp_path / "out"
+
+    def broken(pipe, recipe, *rest, **settings):
+        if recipe.seed == 2:
+            raise RuntimeError("a fault\nof a library")
+        return own(pipe, recipe, *rest, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(drawing, "draw", broken)
+        results = list(batch.run(some(), out))
+    assert [result.error for result in results if result.error] == ["RuntimeError: a fault of a library"]
+    results = list(batch.run(some(), out, retry_failed=True))
+    assert [result.job.seed for result in results if result.drawn] == [2]
+    assert not (out / "failures.jsonl").exists() and len(pictures(out)) == 4
+
+
+def test_a_model_that_does_not_load_fails_its_own_jobs(tiny, tmp_path):
+    (tmp_path / "broken").mkdir()
+    rows = [{"prompt": PROMPT, "steps": 1, "model": str(model)} for model in (tmp_path / "broken", tiny)]
+    broken, whole = batch.run(rows, tmp_path / "out")
+    assert "model_index.json is missing" in broken.error and whole.drawn
+
+
+def test_a_model_is_loaded_once(tiny, tmp_path, monkeypatch):
+    second = tmp_path / "second"
+    second.symlink_to(tiny)
+    loaded, own = [], batch.open_model
+    monkeypatch.setattr(batch, "open_model", lambda model, *rest: loaded.append(model) or own(model, *rest))
+    rows = [{"prompt": PROMPT, "steps": 1, "seed": n, "model": (tiny, str(second))[n % 2]} for n in range(4)]
+    assert all(result.drawn for result in batch.run(rows, tmp_path / "out"))
+    assert loaded == [tiny, str(second)]
+
+
+def test_manifest_and_sheet_are_made_again(some, command, tmp_path):
+    out = tmp_path / "out"
+    list(batch.run(some(), out))
+    files = {name: (out / name).read_bytes() for name in ("manifest.jsonl", "sheet.png")}
+    assert len(files["manifest.jsonl"].splitlines()) == 4
+    assert {json.loads(line)["file"] for line in files["manifest.jsonl"].splitlines()} == set(pictures(out))
+    for name in files:
+        (out / name).unlink()
+    code, said, _ = command("batch", "--report", out)
+    assert code == 0 and [Path(line).name for line in said] == list(files)
+    assert files == {name: (out / name).read_bytes() for name in files}
+    Image.open(out / "sheet.png").verify()
+
+
+def test_one_picture_for_the_same_job_twice(tiny, tmp_path):
+    row = {"prompt": PROMPT, "steps": 1, "model": tiny}
+    assert len(list(batch.run([row, jobs.Job(**row), row | {"seed": 0}], tmp_path / "out"))) == 1
+
+
+def test_two_batches_in_one_folder_are_refused(some, command, tmp_path):
+    first = batch.run(some(), tmp_path / "out")
+    next(first)
+    code, _, err = command("batch", some(), "--out", tmp_path / "out")
+    assert code == 2 and "another batch is drawing into" in err[0]
+    first.close()
+
+
+def test_ctrl_c_says_how_to_go_on(some, command, tmp_path, monkeypatch):
+    from attnctl import drawing
+
+    own, out = drawing.draw, tmp_path / "out"
+
+    def stopped(pipe, recipe, *rest, **settings):
+        if recipe.seed == 2:
+            raise KeyboardInterrupt
+        return own(pipe, recipe, *rest, **settings)
+
+    monkeypatch.setattr(drawing, "draw", stopped)
+    code, _, err = command("batch", some(), "--out", out)
+    assert code == 130 and err[0] == "attnctl: 1 of 4 pictures drawn; the same command goes on from here"
+    assert len(pictures(out)) == 1 and not list(out.glob("*.part")) and not (out / "failures.jsonl").exists()
+
+
+def test_a_full_disk_stops_in_one_line(some, command, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(recipe.os, "replace", full)
+    code, _, err = command("batch", some(), "--out", tmp_path / "out")
+    assert code == 2 and len(err) == 1 and "No space left on device; the same command goes on" in err[0]
+    assert not list((tmp_path / "out").glob("*.p*"))
+
+
+@pytest.mark.slow
+def test_a_killed_batch_leaves_whole_files_and_goes_on(write, tmp_path):
+    file = write("a.yaml", "{prompt: a cat and a dog, steps: 2, product: {seed: [1, 2, 3, 4, 5, 6]}}")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def start(out):
+        words = [sys.executable, "-m", "attnctl", "batch", str(file), "--out", str(out)]
+        return subprocess.Popen(words, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    out = tmp_path / "killed"
+    process = start(out)
+    until = time.monotonic() + 120
+    while time.monotonic() < until and len(list(out.glob("*-????????????.png"))) < 2:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    drawn = pictures(out)  # reads each: a broken one would raise
+    assert 2 <= len(drawn) < 6
+    for folder in (out, tmp_path / "whole"):
+        process = start(folder)
+        said, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    assert len(pictures(out)) == 6 and pictures(out) == pictures(tmp_path / "whole")
+    assert drawn.items() <= pictures(out).items() and not list(out.glob("*.part"))
