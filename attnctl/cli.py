@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -121,8 +121,8 @@ def generate(
     Segregation, astar, excitation and retention without a phrase take the things that the prompt names. Every PNG holds
     its whole recipe: `attnctl reproduce` draws it again, bit for bit on the same machine.
     """
-    shape = _checked(prompt, seed, count, steps, guidance, size, threads)
-    texts = _control_texts(prompt, model, control or [], subjects, compare and not region)
+    shape = checked(prompt, seed, count, steps, guidance, size, threads)
+    texts = control_texts(prompt, model, control or [], subjects, compare and not region)
     if region:
         from .region_text import region_control
 
@@ -133,33 +133,26 @@ def generate(
     texts = [_without_files(text) for text in texts]
     controls = [_control(text) for text in texts]
 
-    from . import drawing, loading, recipe
+    from . import drawing, loading
     from .bars import bars, paused
 
     if threads is None and model in loading.embedded():
         threads = 1  # so small a model gains little by more, and beside a busy process they wait for one another
     with bars() as bar:
-        pipe = _open(model, device, dtype, bar, threads)
+        pipe = open_model(model, device, dtype, bar, threads)
         if shape is not None:
             drawing.check_size(pipe, *shape)
-        usual = loading.USUAL.get(model, {})
-        first = recipe.Recipe(
-            model=model,
-            weights=recipe.weights_hash(pipe),
-            prompt=prompt,
+        first = new_recipe(
+            pipe,
+            model,
+            prompt,
+            texts,
             negative=negative,
-            sampler=recipe.sampler_of(pipe),
             seed=seed,
-            steps=steps or usual.get("steps") or drawing.default_setting(pipe, "num_inference_steps"),
-            width=shape[0] if shape else None,
-            height=shape[1] if shape else None,
-            guidance=next(
-                (g for g in (guidance, usual.get("guidance")) if g is not None),
-                drawing.default_setting(pipe, "guidance_scale"),
-            ),
-            controls=tuple(texts),
-            maps=_mapped_words(pipe, prompt) if maps else (),
-            **_surroundings(pipe),
+            steps=steps,
+            guidance=guidance,
+            shape=shape,
+            maps=maps,
         )
         if negative and first.guidance is not None and first.guidance <= 1:
             tell(f"--negative does nothing without guidance, which is {first.guidance:g}")
@@ -173,12 +166,55 @@ def generate(
                 for kind in kinds
             }
             paths = _save(drawings, one, out)
-            seen = [*_left_alone(drawings), *_judged(model, drawings)]
+            seen = [*left_alone(drawings), *judged(model, drawings)]
             with paused(bar):
                 print(*seen, *map(plain, paths), sep="\n", flush=True)
 
 
-def _checked(
+def new_recipe(
+    pipe: "DiffusionPipeline",
+    model: str,
+    prompt: str,
+    controls: Sequence[str],
+    *,
+    negative: str | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    shape: tuple[int, int] | None = None,
+    maps: bool = False,
+    weights: str | None = None,
+) -> "Recipe":
+    """The recipe of the first picture: what is not given is usual for the model.
+
+    Args:
+        pipe: the model, loaded.
+        weights: its `recipe.weights_hash`, if it is known.
+    """
+    from . import drawing, loading, recipe
+
+    usual = loading.USUAL.get(model, {})
+    return recipe.Recipe(
+        model=model,
+        weights=weights or recipe.weights_hash(pipe),
+        prompt=prompt,
+        negative=negative,
+        sampler=recipe.sampler_of(pipe),
+        seed=seed,
+        steps=steps or usual.get("steps") or drawing.default_setting(pipe, "num_inference_steps"),
+        width=shape[0] if shape else None,
+        height=shape[1] if shape else None,
+        guidance=next(
+            (g for g in (guidance, usual.get("guidance")) if g is not None),
+            drawing.default_setting(pipe, "guidance_scale"),
+        ),
+        controls=tuple(controls),
+        maps=_mapped_words(pipe, prompt) if maps else (),
+        **_surroundings(pipe),
+    )
+
+
+def checked(
     prompt: str,
     seed: int,
     count: int,
@@ -213,7 +249,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def _control_texts(prompt: str, model: str, texts: list[str], subjects: str | None, compare: bool) -> list[str]:
+def control_texts(prompt: str, model: str, texts: list[str], subjects: str | None, compare: bool) -> list[str]:
     """The controls as text: those given, or segregation of the subjects, or of the glyph things in the prompt."""
     from .control_text import write_control
     from .loading import embedded
@@ -326,7 +362,7 @@ def _without_files(text: str) -> str:
     return text
 
 
-def _open(
+def open_model(
     model: str, device: str | None, dtype: str, bar: "Progress", threads: int | None = None
 ) -> "DiffusionPipeline":
     """The pipeline; from then on torch works with so many threads, or, if None, with its own number."""
@@ -413,7 +449,7 @@ def reproduce(
         check_writable(out)
     controls = [_control(text) for text in known.controls]
     with bars() as bar:
-        pipe = _open(model or known.model, device or known.device, known.dtype, bar, known.threads)
+        pipe = open_model(model or known.model, device or known.device, known.dtype, bar, known.threads)
         used = {"model": model or known.model, "weights": recipe.weights_hash(pipe), **_surroundings(pipe)}
         used["sampler"] = recipe.sampler_of(pipe)
         changes = known.differences(recipe.installed_versions(), used["weights"])
@@ -468,7 +504,7 @@ def judge(
     print(json.dumps(answers, indent=2))
 
 
-def _left_alone(drawings: "dict[str, Drawing]") -> list[str]:
+def left_alone(drawings: "dict[str, Drawing]") -> list[str]:
     """Which pictures a control left as they were, one line each."""
     return [
         f"{kind:<10}  left alone by {', '.join(drawn.alone)}, which looked ahead and saw every phrase"
@@ -477,7 +513,7 @@ def _left_alone(drawings: "dict[str, Drawing]") -> list[str]:
     ]
 
 
-def _judged(model: str, drawings: "dict[str, Drawing]") -> list[str]:
+def judged(model: str, drawings: "dict[str, Drawing]") -> list[str]:
     """What the judge sees in each picture, one line each; it knows the glyph world alone."""
     from .loading import embedded
 
@@ -524,10 +560,44 @@ def sites(
     from .site_table import HEADINGS, site_rows
 
     with bars() as bar:
-        pipe = _open(model, "cpu", "float32", bar)
+        pipe = open_model(model, "cpu", "float32", bar)
     if shape is not None:
         check_size(pipe, *shape)
     table = Table(*HEADINGS)
     for row in site_rows(pipe, select or (lambda site: True), shape):
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+# --- ui ---------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def ui(
+    model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)] = "glyph-sd",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
+    auth: Annotated[str | None, typer.Option(help="USER:PASSWORD that visitors must give.")] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "float32",
+    open_: Annotated[bool, typer.Option("--open", help="Also open the page in a browser.")] = False,
+) -> None:
+    """Open the studio: a page in the browser to try controls, with both pictures side by side. Ctrl-C ends it.
+
+    - attnctl ui
+    - attnctl ui --model ./my-model --port 8000 --auth me:secret
+    """
+    user, colon, password = (auth or "").partition(":")
+    if auth is not None and not (user and colon and password):
+        raise UsageError("--auth: write it as USER:PASSWORD")
+    try:
+        import gradio  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise UsageError(
+            'the studio needs gradio: pip install "attnctl[ui]" (in a checkout: pip install ".[ui]")'
+        ) from None
+    from .demos.studio import serve
+
+    serve(model, host, port, (user, password) if auth else None, device, dtype, open_)
