@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import wraps
@@ -123,16 +124,16 @@ def page(studio: Studio) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=5, min_width=340):
                 prompt = gr.Textbox(label="Prompt", value=EXAMPLES[0].prompt, lines=1, max_length=1000)
-                complaints = gr.Column()
-                with gr.Row(equal_height=True, elem_id="pick"):
-                    pick = gr.Dropdown(
-                        [(f"{name}: {card.says.partition(':')[0]}", name) for name, card in known.items()],
-                        value="segregation" if "segregation" in known else next(iter(known)),
-                        label="What should change?",
-                        scale=3,
-                    )
-                    put = gr.Button("Add", scale=1, min_width=90)
+                gr.Markdown("Or start from a complaint: each shows it, and the control that mends it.")
+                with gr.Row(elem_id="complaints"):
+                    complaints = [gr.Button(it.complaint, size="sm", min_width=200) for it in EXAMPLES]
+                pick = gr.Dropdown(
+                    [(f"{name}: {card.says.partition(':')[0]}", name) for name, card in known.items()],
+                    value="segregation" if "segregation" in known else next(iter(known)),
+                    label="What should change?",
+                )
                 says = gr.Markdown(about(pick.value)[0])
+                put = gr.Button("Add this control", size="sm")
                 with gr.Accordion("All settings of this control", open=False):
                     whole = gr.Markdown(about(pick.value)[1])
                 controls = gr.Textbox(
@@ -180,25 +181,23 @@ def page(studio: Studio) -> gr.Blocks:
                     label="The same on the command line", language="shell", interactive=False, lines=1,
                     wrap_lines=True, show_line_numbers=False,
                 )  # fmt: skip
+                gr.Markdown("**Your pictures of this visit**")
                 gallery = gr.Gallery(
-                    label="Your pictures of this visit", columns=6, height=170, interactive=False,
+                    label="Your pictures of this visit", show_label=False, columns=6, height=170, interactive=False,
                     fit_columns=False, object_fit="contain", buttons=["download", "fullscreen"],
                 )  # fmt: skip
-        with complaints:
-            gr.Examples(
-                [[it.prompt, it.controls, it.regions, it.seed, it.guidance] for it in EXAMPLES],
-                [prompt, controls, regions, seed, guidance],
-                example_labels=[it.complaint for it in EXAMPLES],
-                label="Or start from a complaint: a case that shows it, and the control that mends it",
-                cache_examples=False,
-            )
+        filled = [prompt, controls, regions, seed, guidance]
+        for button, it in zip(complaints, EXAMPLES, strict=True):  # in the browser, so that it is there at once
+            values = json.dumps([it.prompt, it.controls, it.regions, it.seed, it.guidance])
+            button.click(None, None, filled, js=f"() => {values}", api_visibility="private")
         fields = [prompt, controls, regions, seed, steps, guidance, maps, negative, size]
 
         run = go.click(
             generate, [*fields, history], [status, pictures, sheet, command, gallery, history],
             api_name="generate", show_progress="hidden", **_QUEUE,
         )  # fmt: skip
-        stop.click(lambda: "Cancelled.", None, status, cancels=[run], queue=False, api_visibility="private")
+        stopped = stop.click(None, cancels=[run], api_visibility="private")
+        stopped.then(lambda: "Cancelled.", None, status, queue=False, api_visibility="private", show_progress="hidden")
         pick.change(about, pick, [says, whole], queue=False, api_visibility="private")
         put.click(add, [pick, controls, prompt], controls, api_visibility="private")
         regions.change(_told(region_preview), regions, preview, api_visibility="private", show_progress="hidden")
