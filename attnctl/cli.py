@@ -132,8 +132,8 @@ def generate(
     Segregation, astar, excitation and retention without a phrase take the things that the prompt names. Every PNG holds
     its whole recipe: `attnctl reproduce` draws it again, bit for bit on the same machine.
     """
-    shape = _checked(prompt, seed, count, steps, guidance, size, threads)
-    texts = _control_texts(prompt, model, control or [], subjects, compare and not region)
+    shape = checked(prompt, seed, count, steps, guidance, size, threads)
+    texts = control_texts(prompt, model, control or [], subjects, compare and not region)
     if region:
         from .region_text import region_control
 
@@ -163,7 +163,7 @@ def generate(
             size=shape,
             guidance=guidance,
             controls=tuple(texts),
-            maps=_mapped_words(pipe, prompt) if maps else (),
+            maps=mapped_words(pipe, prompt) if maps else (),
         )
         if negative and first.guidance is not None and first.guidance <= 1:
             tell(f"--negative does nothing without guidance, which is {first.guidance:g}")
@@ -177,12 +177,12 @@ def generate(
                 for kind in kinds
             }
             paths = _save(drawings, one, out)
-            seen = [*_left_alone(drawings), *_judged(model, drawings)]
+            seen = [*left_alone(drawings), *judged(model, drawings)]
             with paused(bar):
                 print(*seen, *map(plain, paths), sep="\n", flush=True)
 
 
-def _checked(
+def checked(
     prompt: str,
     seed: int,
     count: int,
@@ -217,7 +217,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def _control_texts(prompt: str, model: str, texts: list[str], subjects: str | None, compare: bool) -> list[str]:
+def control_texts(prompt: str, model: str, texts: list[str], subjects: str | None, compare: bool) -> list[str]:
     """The controls as text: those given, or segregation of the subjects, or of the glyph things in the prompt."""
     from .control_text import write_control
     from .loading import embedded
@@ -241,7 +241,7 @@ def _control_texts(prompt: str, model: str, texts: list[str], subjects: str | No
     return [chosen]
 
 
-def _mapped_words(pipe: "DiffusionPipeline", prompt: str) -> tuple[str, ...]:
+def mapped_words(pipe: "DiffusionPipeline", prompt: str) -> tuple[str, ...]:
     """The words that --maps shows; those it cannot show are told on stderr."""
     from .drawing import shown_words
 
@@ -397,7 +397,7 @@ def judge(
     print(json.dumps(answers, indent=2))
 
 
-def _left_alone(drawings: "dict[str, Drawing]") -> list[str]:
+def left_alone(drawings: "dict[str, Drawing]") -> list[str]:
     """Which pictures a control left as they were, one line each."""
     return [
         f"{kind:<10}  left alone by {', '.join(drawn.alone)}, which looked ahead and saw every phrase"
@@ -406,7 +406,7 @@ def _left_alone(drawings: "dict[str, Drawing]") -> list[str]:
     ]
 
 
-def _judged(model: str, drawings: "dict[str, Drawing]") -> list[str]:
+def judged(model: str, drawings: "dict[str, Drawing]") -> list[str]:
     """What the judge sees in each picture, one line each; it knows the glyph world alone."""
     from .loading import embedded
 
@@ -460,3 +460,37 @@ def sites(
     for row in site_rows(pipe, select or (lambda site: True), shape):
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+# --- ui ---------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def ui(
+    model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)] = "glyph-sd",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
+    auth: Annotated[str | None, typer.Option(help="USER:PASSWORD that visitors must give.")] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "float32",
+    open_: Annotated[bool, typer.Option("--open", help="Also open the page in a browser.")] = False,
+) -> None:
+    """Open the studio: a page in the browser to try controls, with both pictures side by side. Ctrl-C ends it.
+
+    - attnctl ui
+    - attnctl ui --model ./my-model --port 8000 --auth me:secret
+    """
+    user, colon, password = (auth or "").partition(":")
+    if auth is not None and not (user and colon and password):
+        raise UsageError("--auth: write it as USER:PASSWORD")
+    try:
+        import gradio  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise UsageError(
+            'the studio needs gradio: pip install "attnctl[ui]" (in a checkout: pip install ".[ui]")'
+        ) from None
+    from .demos.studio import serve
+
+    serve(model, host, port, (user, password) if auth else None, device, dtype, open_)

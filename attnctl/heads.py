@@ -16,6 +16,7 @@ from numbers import Integral
 from pathlib import Path
 
 from .errors import NoSiteError
+from .files import check_file
 from .sites import Site
 
 Heads = str | int | tuple[str | int, ...]
@@ -107,6 +108,7 @@ def read_heads(path: Path, sites: Sequence[Site] | None = None) -> Heads:
     Raises:
         NoSiteError: it cannot be read, or it was made for a denoiser of another shape.
     """
+    check_file(path)
     try:
         content = json.loads(path.read_text())
         heads = content["heads"]

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import ControlError
+from .files import check_file
 
 
 class Region:
@@ -40,6 +41,7 @@ class Region:
         self.mask: Tensor | None = None
         self.file: str | None = None
         if isinstance(what, (str, Path)):
+            check_file(what)
             if not str(what).startswith(_DATA):
                 self.file = str(what)
             what = _opened(str(what))

@@ -620,7 +620,7 @@ attnctl.__main__.main()
 
 
 def test_a_bug_keeps_its_traceback(run, monkeypatch):
-    monkeypatch.setattr(cli, "_checked", lambda *_: 1 / 0)
+    monkeypatch.setattr(cli, "checked", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run("generate", "a cat")
 
