@@ -80,6 +80,22 @@ def test_commands_of_the_readme(tmp_path, monkeypatch, capfd):
         assert not stop.value.code, (command, capfd.readouterr().err)
 
 
+@pytest.mark.slow
+def test_batch_of_the_readme(tmp_path, monkeypatch, capfd):
+    from attnctl import cli
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "jobs.yaml").write_text(
+        re.search(r"```yaml\n(.*?)```", README.read_text(), re.DOTALL)[1] + "steps: 2\n"
+    )
+    for told in ("8 pictures drawn", "0 pictures drawn"):
+        monkeypatch.setattr(sys, "argv", "attnctl batch jobs.yaml --out night".split())
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out = capfd.readouterr().out
+        assert not stop.value.code and told in out, out
+
+
 def test_links_of_the_readme_and_docs_lead_somewhere():
     for page in (README, *README.parent.glob("docs/**/*.md")):
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
