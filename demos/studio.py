@@ -124,7 +124,7 @@ def page(studio: Studio) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=5, min_width=340):
                 prompt = gr.Textbox(label="Prompt", value=EXAMPLES[0].prompt, lines=1, max_length=1000)
-                gr.Markdown("Or start from a complaint: each shows it, and the control that mends it.")
+                gr.Markdown("Or start from a complaint, with a control that mends it:")
                 with gr.Row(elem_id="complaints"):
                     complaints = [gr.Button(it.complaint, size="sm", min_width=200) for it in EXAMPLES]
                 pick = gr.Dropdown(
