@@ -44,7 +44,7 @@ from attnctl.glyph.words import Prompt, benchmark, is_held_out, triples
 from attnctl.loading import USUAL
 from attnctl.recipe import installed_versions, weights_hash
 
-WIDTH = 96  # characters of the table of results
+WIDTH = 112  # characters of the table of results
 CATEGORIES = ("animals", "animal-object", "objects")
 
 
@@ -433,7 +433,7 @@ def main(
         found = {"setting": setting, "seeds": seeds, "half": prompts_of, "every": every, "rates": table}
         write(out / "effect.json", json.dumps(found, indent=1))
         write(out / "table.md", markdown(table))
-        contact_sheet(prompts, cases, done, folder).save(out / "sheet.png")
+        contact_sheet(prompts, cases, done, folder).quantize(256).save(out / "sheet.png")
     show(table, console)
     console.print(f"{out / 'effect.json'}\n{out / 'table.md'}\n{out / 'sheet.png'}")
 
