@@ -34,7 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @phrases_first
 class AStar(MapDescent):
-    """Keeps phrases apart and each in its place: down the gradient of segregation + retention, one update a step.
+    """Keeps things apart and each in its place: A-STAR, segregation and retention in one gradient, with binding.
 
     Segregation and Retention attached side by side would make two updates a step, each with a forward of its own.
 

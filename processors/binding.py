@@ -68,7 +68,7 @@ class Bind(Loss):
 
 @phrases_first
 class Binding(MapDescent):
-    """Brings each modifier to its noun: down the gradient of `binding_loss`.
+    """Keeps each modifier on its noun, so that the red of "red car" is on the car: the gradient of `binding_loss`.
 
     Args:
         phrases: bonds. "red car" binds its last word to the words before it, where the prompt has them in a row, so

@@ -29,7 +29,7 @@ class Excite(OfPhrases):
 
 @phrases_first
 class Excitation(MapDescent):
-    """Raises the highest value of the map of whichever phrase is worst off: down the gradient of `excitation_loss`.
+    """Leaves no phrase out: some place of the picture looks at each (Attend-and-Excite, gradient of `excitation_loss`).
 
     The step is ours by default. Theirs, for 50 steps of SD 1, is `relative=None, window=(0, 0.5), refine={0: 0.95,
     10: 0.5, 20: 0.2}`; with `maps="attend-and-excite-padded"` also, it is what diffusers' pipeline does.

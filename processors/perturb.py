@@ -223,7 +223,7 @@ class Weak:
 
 @dataclass(frozen=True)
 class Perturb(Control):
-    """Guides away from a model whose chosen attention heads are broken: `scale` (c - p) is added to the prediction.
+    """Guides away from what the model draws when chosen attention heads are broken: adds `scale` (c - p).
 
     Settings:
         heads: which heads, see `attnctl.heads.pick_heads`: "7:3 12:9" (block:head), "7-10" (whole blocks), "mid",

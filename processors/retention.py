@@ -93,7 +93,7 @@ class Keep(OfPhrases):
 
 @phrases_first
 class Retention(MapDescent):
-    """Keeps each phrase where it was, or where you want it: down the gradient of `retention_loss`.
+    """Keeps each phrase where it was a step ago, or where you want it: the gradient of `retention_loss`.
 
     Args:
         phrases: what to keep in its place; may be left out if there are masks.

@@ -96,7 +96,7 @@ def every_pair(phrases: Sequence[str | Pair], bonds: Sequence[Pair] = ()) -> lis
 
 @phrases_first
 class Segregation(MapDescent):
-    """Keeps the maps of phrases apart: before each step, the latents move down the gradient of `segregation_loss`.
+    """Keeps phrases apart, so that two things do not melt into one: the gradient of `segregation_loss` of their maps.
 
     An image of a batch uses the phrases that its own prompt has. A noun and its adjective are never a pair: of "a red
     car and a cat", say Segregation("red car", "cat"), or "car" and "cat". Phrases that share a word are none, and where
