@@ -324,7 +324,7 @@ def test_bad_request(generate, somewhere, words, said):
 
 def test_latents_that_are_not_finite_are_an_error_that_names_the_control(generate, somewhere, monkeypatch):
     monkeypatch.setattr(asked, "known_controls", KNOWN)
-    code, out, err = generate("--control", "segregation(cat, dog, strength=1e30)")
+    code, out, err = generate("--control", "segregation(cat, dog, strength=1e30, window=[0, 1])")
     assert (code, out, len(err)) == (2, [], 1) and list(somewhere.iterdir()) == []
     assert "Segregation" in err[0] and "not finite" in err[0] and "strength" in err[0]
 

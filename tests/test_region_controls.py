@@ -134,7 +134,7 @@ def test_beside_perturbation_and_a_gradient():
         with attach(pipe, *controls, read):
             drawn.append(tiny.draw(pipe))
     assert differs(drawn[0], drawn[1]) and differs(drawn[1], drawn[2])
-    assert {name for name, _ in read.biases} == {"main", "perturb", "probe"}
+    assert {name for name, _ in read.biases} == {"main", "perturb", "probe", "look-ahead"}
     assert all(bias is not None for _, bias in read.biases)
 
 
