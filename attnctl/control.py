@@ -180,7 +180,7 @@ def run_chain(
 
 
 def nest(controls: Sequence[Control], site: Site) -> tuple[Control, ...]:
-    """The controls of one site as they are nested, outermost first: as listed, the innermost, a PROBS control.
+    """The controls of one site as they are nested, outermost first: as listed, `innermost` ones and PROBS last.
 
     A PROBS control does not proceed to attention, it *is* attention; placed last it sees every bias and q/k/v edit.
 

@@ -55,7 +55,7 @@ class Family:
         scaled: the pipeline puts its latents through `scheduler.scale_model_input`.
         time: what to multiply the denoiser's timestep by to find it among the scheduler's.
         stages: attributes of the denoiser that are its trunk, in execution order: modules or lists of modules.
-        skips: how the names of stages begin that must hand on their own output, also where later stages do so too.
+        keep_output: how the names of stages begin that must hand on their own output even where a later one does too.
         hands_on: which of its arguments a transformer block returns, changed.
     """
 
@@ -73,7 +73,7 @@ class Family:
     scaled: bool = False
     time: float = 1.0
     stages: tuple[str, ...] = ("transformer_blocks",)
-    skips: tuple[str, ...] = ()
+    keep_output: tuple[str, ...] = ()
     hands_on: tuple[str, ...] = ("encoder_hidden_states", "hidden_states")
 
     def sites(self, denoiser: nn.Module) -> tuple[Site, ...]:
@@ -133,7 +133,7 @@ UNET = Family(
     latent_size=_cells,
     scaled=True,
     stages=("down_blocks", "mid_block", "up_blocks"),
-    skips=("down_blocks.", "mid_block"),  # a ControlNet adds to the middle, in the size it has there
+    keep_output=("down_blocks.", "mid_block"),  # a ControlNet adds to the middle, in the size it has there
     hands_on=("hidden_states",),
     # SDXL joins its two encoders on the channel axis, so both speak of the same rows.
     streams=(Stream("tokenizer", "prompt"), Stream("tokenizer_2", "prompt_2")),

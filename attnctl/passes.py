@@ -49,8 +49,8 @@ class Prefix:
 
     def _needed(self, start: int) -> list[int]:
         """Stages whose output a pass from `start` on reads: the one before it, and those the family names."""
-        skips = self.step.run.family.skips
-        return [i for i in range(start) if i == start - 1 or self.stages[i][0].startswith(skips)]
+        keep_output = self.step.run.family.keep_output
+        return [i for i in range(start) if i == start - 1 or self.stages[i][0].startswith(keep_output)]
 
     @contextmanager
     def recorded(self) -> Iterator[None]:

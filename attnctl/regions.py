@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,24 @@ def _box(what: Any) -> tuple[float, float, float, float]:
     if max(right, bottom) > 1 and any(0 < side < 1 for side in (left, top, right, bottom)):
         raise ControlError(f"a box is in shares of the picture or in pixels, not in both as {what!r} is")
     return left, top, right, bottom
+
+
+def named_regions(masks: Any) -> tuple[tuple[str, Region], ...]:
+    """Regions by phrase, a dict or pairs of a phrase and anything a `Region` is made of, as pairs.
+
+    Raises:
+        ControlError: they are none, or a phrase is named twice.
+    """
+    pairs = masks.items() if isinstance(masks, Mapping) else masks
+    try:
+        found = tuple((phrase, Region(what)) for phrase, what in pairs)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ControlError):
+            raise
+        raise ControlError(f"masks are pairs (phrase, region) or a dict of them, not {masks!r}") from None
+    if len({phrase for phrase, _ in found}) != len(found) or any(not isinstance(phrase, str) for phrase, _ in found):
+        raise ControlError("masks name each phrase once")
+    return found
 
 
 _DATA = "data:image/png;base64,"

@@ -5,7 +5,7 @@
     python benchmarks/effect.py perturb
     python benchmarks/effect.py regions
 
-The last two are perturbation guidance, see perturbation.py, and regions, see placing.py (`perturb --help`).
+The last two are perturbation guidance, see perturb_effect.py, and regions, see placing.py (`perturb --help`).
 All conditions draw from the same noise. Results are kept as they come: a killed run goes on where it was.
 """
 
@@ -452,9 +452,9 @@ def repeated(words: Sequence[str]) -> list[str]:
 
 def run() -> NoReturn:
     if sys.argv[1:2] == ["perturb"]:
-        import perturbation
+        import perturb_effect
 
-        command.run(perturbation.app, "effect perturb", sys.argv[2:])
+        command.run(perturb_effect.app, "effect perturb", sys.argv[2:])
     if sys.argv[1:2] == ["regions"]:
         import placing
 

@@ -4,7 +4,7 @@
 
 attach: an attachment without controls, and one that sits at every site and does nothing.
 guided: guidance by gradients, see guided.py; ours against diffusers' Attend-and-Excite, in time and memory.
-perturb: perturbation guidance, see perturbed.py; ours against diffusers' PAG pipeline of SD 3, in time and memory.
+perturb: perturbation guidance, see perturb_speed.py; ours against diffusers' PAG pipeline of SD 3, in time and memory.
 maps: the maps of all words, against the plain run; beside it, recording as DAAM does it, by materialised probabilities.
 """
 
@@ -20,7 +20,7 @@ from statistics import median
 from typing import Annotated, Any, ClassVar
 
 import guided
-import perturbed
+import perturb_speed
 import torch
 import typer
 from models import MODELS, build
@@ -131,7 +131,7 @@ def main(
     with Progress() as bar:
         found = [measure(name, topic, repeats, bar) for name in model for topic in topics if topic in TOPICS]
         guidance = [guided.measure(name, repeats, bar) for name in model if "guided" in topics]
-        perturbation = perturbed.measure(repeats, bar) if "perturb" in topics else None
+        perturbation = perturb_speed.measure(repeats, bar) if "perturb" in topics else None
     out.parent.mkdir(parents=True, exist_ok=True)
     results = {"measured": found, "guided": guidance, "perturb": perturbation}
     out.write_text(json.dumps({"machine": machine()} | results, indent=1))
@@ -146,7 +146,7 @@ def main(
     if guidance:
         guided.show(guidance, console)
     if perturbation:
-        perturbed.show(perturbation, console)
+        perturb_speed.show(perturbation, console)
     console.print(f"{machine()}", str(out), sep="\n")
 
 

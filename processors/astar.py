@@ -15,13 +15,14 @@ from math import inf
 from typing import Any, ClassVar
 
 from attnctl.errors import ControlError
+from attnctl.regions import named_regions
 from attnctl.run import Step
 
 from .binding import Bind, Bond, bonds_of, ends
 from .descent import MapDescent, check_phrases, phrases_first
 from .loss_terms import Loss
 from .losses import Rule
-from .retention import RULE, SHARE, Keep, Masks, check_rule, regions
+from .retention import RULE, SHARE, Keep, Masks, check_rule
 from .segregation import PRESETS as SEGREGATION
 from .segregation import SOUND, Apart, every_pair
 
@@ -79,7 +80,7 @@ class AStar(MapDescent):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
 
     def check(self) -> None:
-        self._set(bonds=bonds_of(self.bonds), masks=regions(self.masks))
+        self._set(bonds=bonds_of(self.bonds), masks=named_regions(self.masks))
         check_phrases("AStar", self.phrases, 2, "AStar('cat', 'dog')")
         check_rule(self.rule, self.share)
         if self.binding is None:

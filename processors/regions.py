@@ -14,7 +14,7 @@ Attention does (Dahary et al., ECCV 2024, arXiv 2403.16990): a place of region r
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from attnctl.control import AttentionCall, Control, Lane, Proceed
 from attnctl.errors import ControlError, PhraseError
 from attnctl.maps import check_rows, check_window, with_text
-from attnctl.regions import Region
+from attnctl.regions import Region, named_regions
 from attnctl.run import Run, Step
 from attnctl.sites import Selection, Site, select
 
@@ -93,25 +93,6 @@ def open_in(step: Step, window: tuple[float, float]) -> bool:
     return step.rows.cond is not None and window[0] <= step.fraction < window[1]
 
 
-def regions_of(masks: Any, who: str) -> Masks:
-    """Pairs or a dict of phrases and regions, checked, as pairs of a phrase and a `Region`.
-
-    Raises:
-        ControlError: they are none, or a phrase is named twice.
-    """
-    pairs = tuple(masks.items()) if isinstance(masks, Mapping) else masks
-    try:
-        found = tuple((phrase, Region(what)) for phrase, what in pairs)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, ControlError):
-            raise
-        raise ControlError(f"{who} takes regions by phrase, such as {{'cat': (0, 0, 0.5, 1)}}; not {masks!r}") from None
-    names = [phrase for phrase, _ in found]
-    if not names or len(set(names)) != len(names) or not all(isinstance(name, str) and name for name in names):
-        raise ControlError(f"{who} takes at least one region, and each phrase once; not {names!r}")
-    return found
-
-
 @dataclass(frozen=True)
 class Regions(Control):
     """Each phrase acts in its own part of the picture only.
@@ -142,7 +123,9 @@ class Regions(Control):
     lane: ClassVar[Lane] = Lane.BIAS
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "masks", regions_of(self.masks, "Regions"))
+        object.__setattr__(self, "masks", named_regions(self.masks))
+        if not self.masks:
+            raise ControlError("Regions takes at least one region, such as {'cat': (0, 0, 0.5, 1)}")
         if not 0 <= self.strength <= 1 or not 0 <= self.inside < 100:
             raise ControlError(
                 f"strength is from 0 to 1, and inside from 0 to 100; not {self.strength!r} and {self.inside!r}"
@@ -231,7 +214,7 @@ class Isolation(Control):
     lane: ClassVar[Lane] = Lane.BIAS
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "masks", regions_of(self.masks, "Isolation"))
+        object.__setattr__(self, "masks", named_regions(self.masks))
         if len(self.masks) < 2:
             raise ControlError("Isolation keeps regions apart, so it needs two or more")
         check_window(self.window)

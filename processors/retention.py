@@ -6,7 +6,7 @@ masks of the user's own, as in its figure 12, it controls the layout.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnctl.errors import ControlError
 from attnctl.prompts import TextStream
-from attnctl.regions import Region
+from attnctl.regions import Region, named_regions
 from attnctl.run import Run
 
 from .descent import MapDescent, check_phrases, phrases_first
@@ -51,8 +51,7 @@ class Keep(OfPhrases):
         self.masks: Tensor | None = None  # of the same shape
 
     def begin(self, run: Run, names: tuple[str, ...], texts: Sequence[tuple[TextStream, ...]], found: Wanted) -> Tensor:
-        factor = int(getattr(run.pipe, "vae_scale_factor", 8))
-        self.picture = run.latent_size[0] * factor, run.latent_size[1] * factor
+        self.picture = run.picture
         super().begin(run, names, texts, found)
         members = found.members[:, self.columns]
         given = torch.tensor([phrase in self.regions for phrase in self.phrases])
@@ -119,7 +118,7 @@ class Retention(MapDescent):
     share: float = SHARE
 
     def check(self) -> None:
-        self._set(masks=regions(self.masks))
+        self._set(masks=named_regions(self.masks))
         self._set(phrases=tuple(dict.fromkeys((*self.phrases, *(phrase for phrase, _ in self.masks)))))
         check_phrases("Retention", self.phrases, 1, "Retention('cat', 'dog')")
         check_rule(self.rule, self.share)
@@ -127,20 +126,6 @@ class Retention(MapDescent):
 
     def losses(self) -> list[Loss]:
         return [Keep(self.phrases, self.masks, self.rule, self.share)]
-
-
-def regions(masks: Any) -> Masks:
-    """Pairs or a dict of phrases and regions, as pairs of a phrase and a `Region`."""
-    pairs = masks.items() if isinstance(masks, Mapping) else masks
-    try:
-        found = tuple((phrase, Region(what)) for phrase, what in pairs)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, ControlError):
-            raise
-        raise ControlError(f"masks are pairs (phrase, region) or a dict of them, not {masks!r}") from None
-    if len({phrase for phrase, _ in found}) != len(found) or any(not isinstance(phrase, str) for phrase, _ in found):
-        raise ControlError("masks name each phrase once")
-    return found
 
 
 def check_rule(rule: str, share: float) -> None:

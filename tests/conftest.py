@@ -23,3 +23,20 @@ def backend_of_the_process() -> Iterator[None]:
     before = Registry._active_backend
     yield
     Registry.set_active_backend(before)
+
+
+@pytest.fixture
+def command(capfd, monkeypatch, tmp_path):
+    """command("generate", ...) -> (exit code, lines of stdout, lines of stderr), in an empty folder."""
+    from attnctl import cli
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        monkeypatch.setattr("sys.argv", ["attnctl", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capfd.readouterr()
+        return stop.value.code, out.splitlines(), err.splitlines()
+
+    return run

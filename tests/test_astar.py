@@ -101,7 +101,7 @@ def test_weights_and_phrases_are_checked():
 
 def keep_of(images=2, **settings):
     keep = Keep(("cat", "dog"), **settings)
-    run = SimpleNamespace(pipe=SimpleNamespace(vae_scale_factor=2), latent_size=(16, 24))
+    run = SimpleNamespace(picture=(32, 48))
     rows = torch.tensor([[2, 5]]).expand(images, 2)
     found = Wanted(
         rows, torch.ones_like(rows, dtype=torch.bool), torch.eye(2).expand(images, 2, 2), torch.eye(2)[None, :, None]

@@ -103,7 +103,7 @@ def test_weak_prediction_is_that_of_the_edited_map(family, control):
 
 @pytest.mark.parametrize("sigma", [0.6, 2.0, 9.0])
 def test_blur_against_a_sum_over_reflected_neighbours(sigma):
-    from attnctl.processors.perturb import blurred
+    from attnctl.processors.perturbed_attention import blurred
 
     height, width = 5, 8
     q = torch.randn(2, 3, height * width, 4, generator=torch.Generator().manual_seed(0))
@@ -124,7 +124,7 @@ def test_blur_against_a_sum_over_reflected_neighbours(sigma):
 
 
 def test_blur_without_end_is_the_mean_and_a_wide_one_comes_close():
-    from attnctl.processors.perturb import blurred
+    from attnctl.processors.perturbed_attention import blurred
 
     q = torch.randn(1, 1, 12, 2)
     assert torch.allclose(blurred(q, (3, 4), math.inf), q.mean(2, keepdim=True).expand_as(q))

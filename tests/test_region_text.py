@@ -45,36 +45,22 @@ def test_outline_is_the_edge_of_the_region():
     assert not red[40:60, 10:60].any()
 
 
-@pytest.fixture
-def attnctl(capfd, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        monkeypatch.setattr("sys.argv", ["attnctl", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capfd.readouterr()
-        return stop.value.code, out.splitlines(), err.splitlines()
-
-    return run
-
-
-def test_drawn_compared_and_drawn_again(attnctl, tmp_path):
+def test_drawn_compared_and_drawn_again(command, tmp_path):
     mask = Image.new("L", (32, 32))
     mask.paste(255, (16, 0, 32, 32))
     mask.save(tmp_path / "right.png")
     words = ("--region", "cat: 0,0,0.5,1", "--region", "red car: right.png", "--compare", "--steps", 4)
-    code, out, err = attnctl("generate", "a red car and a cat", *words)
+    code, out, err = command("generate", "a red car and a cat", *words)
     assert code == 0, err
     (tmp_path / "right.png").unlink()
-    assert attnctl("reproduce", out[-1])[:2] == (0, ["bit-identical"])
+    assert command("reproduce", out[-1])[:2] == (0, ["bit-identical"])
     (control,) = recipe.read(tmp_path / out[-1])[1].controls
     assert control.startswith("regions(masks=[['cat', [0, 0, 0.5, 1]]")
 
 
-def test_beside_other_controls_and_refused(attnctl):
+def test_beside_other_controls_and_refused(command):
     words = ("--region", "cat: 0,0,0.5,1", "--control", "perturb(8)", "--steps", 2)
-    assert attnctl("generate", "a red car and a cat", *words)[0] == 0
+    assert command("generate", "a red car and a cat", *words)[0] == 0
     for region, said in (("dog: 0,0,0.5,1", "dog"), ("cat: gone.png", "gone.png"), ("cat 0,0,1,1", "write it as")):
-        code, _, err = attnctl("generate", "a cat", "--region", region, "--steps", 2)
+        code, _, err = command("generate", "a cat", "--region", region, "--steps", 2)
         assert code == 2 and said in err[-1] and len(err[-1]) < 320
