@@ -10,30 +10,47 @@
 caller's to mend is an `AttnctlError`. Everything is imported at first use, so that `import attnctl` costs nothing.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import pipelines, processors
-    from .attachment import attach
+    from attnctl.app.loading import load
+    from attnctl.engine.attachment import attach
+    from attnctl.engine.control import Control, Lane
+    from attnctl.engine.sites import discover as sites
+    from attnctl.engine.sites import select
+
+    from . import batch, pipelines, processors
     from .errors import AttnctlError
-    from .loading import load
-    from .sites import discover as sites
 
 __version__ = "0.1.0"
 
-__all__ = ["AttnctlError", "__version__", "attach", "load", "pipelines", "processors", "sites"]
+__all__ = [
+    "AttnctlError",
+    "Control",
+    "Lane",
+    "__version__",
+    "attach",
+    "batch",
+    "load",
+    "pipelines",
+    "processors",
+    "select",
+    "sites",
+]
 
 # public name -> (module, attribute; None = the module itself)
 _HOMES: dict[str, tuple[str, str | None]] = {
     "AttnctlError": (".errors", "AttnctlError"),
-    "attach": (".attachment", "attach"),
-    "load": (".loading", "load"),
+    "Control": (".engine.control", "Control"),
+    "Lane": (".engine.control", "Lane"),
+    "attach": (".engine.attachment", "attach"),
+    "batch": (".batch", None),
+    "load": (".app.loading", "load"),
     "pipelines": (".pipelines", None),
     "processors": (".processors", None),
-    "sites": (".sites", "discover"),
+    "select": (".engine.sites", "select"),
+    "sites": (".engine.sites", "discover"),
 }
 
 
@@ -49,14 +66,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return list(__all__)
-
-
-class _Surface(ModuleType):
-    """Keeps `attnctl.sites` the function: importing the submodule of that name would otherwise put the module there."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name == "sites" and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Surface

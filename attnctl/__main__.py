@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Run the command line; Ctrl-C is one line and exit code 130, also while it is imported."""
     try:
-        from .cli import main as run
+        from attnctl.app.cli import main as run
 
         run()
     except KeyboardInterrupt:

@@ -52,7 +52,7 @@ class BusyError(AttnctlError):
 
 
 class FamilyError(AttnctlError):
-    """A family record does not describe the model it was checked against (see `attnctl.verify`)."""
+    """A family record does not describe the model it was checked against (see `attnctl.engine.verify`)."""
 
 
 E = TypeVar("E", bound=AttnctlError)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from attnctl.control import Control
+from attnctl.engine.control import Control
 from attnctl.glyph.words import Prompt
 from attnctl.processors import AStar, Excitation, Retention, Segregation
 

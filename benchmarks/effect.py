@@ -36,13 +36,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import attnctl
-from attnctl import command
-from attnctl.control import Control
+from attnctl.app import command
+from attnctl.app.loading import USUAL
+from attnctl.app.recipe import installed_versions, weights_hash
+from attnctl.engine.control import Control
 from attnctl.errors import AttnctlError
 from attnctl.glyph import judge
 from attnctl.glyph.words import Prompt, benchmark, is_held_out, triples
-from attnctl.loading import USUAL
-from attnctl.recipe import installed_versions, weights_hash
 
 WIDTH = 112  # characters of the table of results
 CATEGORIES = ("animals", "animal-object", "objects")

@@ -29,7 +29,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import attnctl
-from attnctl import gradient
+from attnctl.engine import probe as gradient
 from attnctl.processors import AStar, Excitation
 
 WIDTH = 120  # characters of the table of results

@@ -27,10 +27,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import attnctl
-from attnctl import command
+from attnctl.app import command
+from attnctl.app.loading import USUAL
 from attnctl.glyph import judge
 from attnctl.glyph.words import COLOURS, CONCEPTS, OBJECTS, Prompt, benchmark, phrase
-from attnctl.loading import USUAL
 from attnctl.processors import Perturb
 
 FORWARDS = 40
@@ -172,7 +172,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command(help=__doc__)
 def main(
     scan: Annotated[bool, typer.Option("--scan", help="Every block and head alone, on the development half.")] = False,
-    heads: Annotated[list[str], typer.Option(help="Which heads to report on, see attnctl.heads.")] = CHOSEN,
+    heads: Annotated[list[str], typer.Option(help="Which heads to report on, see attnctl.engine.heads.")] = CHOSEN,
     strength: Annotated[list[float], typer.Option("--strength", "-u", help="How far to break them.")] = STRENGTHS,
     scale: Annotated[float, typer.Option(min=0.0, help="w, of the difference.")] = 3.0,
     singles: Annotated[int, typer.Option(min=1, help="Single things of the half.")] = 24,

@@ -23,8 +23,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 import attnctl
-from attnctl import passes
-from attnctl.heads import pick_heads
+from attnctl.engine import passes
+from attnctl.engine.heads import pick_heads
 from attnctl.processors import Pag, Perturb
 
 PROMPT, LAYERS = "a cat and a dog", 6

@@ -30,9 +30,9 @@ from rich.table import Table
 from torch import Tensor
 
 import attnctl
-from attnctl.control import AttentionCall, Control, Lane, Proceed
-from attnctl.run import Run
-from attnctl.sites import Site, select
+from attnctl.engine.control import AttentionCall, Control, Lane, Proceed
+from attnctl.engine.run import Run
+from attnctl.engine.sites import Site, select
 
 
 @dataclass(frozen=True)

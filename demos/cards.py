@@ -4,8 +4,8 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from attnctl import asked
-from attnctl.control_text import describe, summary, write_control
+from attnctl.app import asked
+from attnctl.app.control_text import describe, summary, write_control
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any
 
 import gradio as gr
 
+from attnctl.app.site_table import HEADINGS, site_rows
 from attnctl.errors import AttnctlError
-from attnctl.site_table import HEADINGS, site_rows
 
 from .cards import EXAMPLES, cards
 from .runs import STEPS, Asked, Result, Studio, lines, region_preview, restored, things

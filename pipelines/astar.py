@@ -15,16 +15,16 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from attnctl.attachment import Attachment, attach
-from attnctl.control import Control
+from attnctl.app.loading import load
+from attnctl.engine.attachment import Attachment, attach
+from attnctl.engine.control import Control
+from attnctl.engine.families import family_of
 from attnctl.errors import ControlError
-from attnctl.families import family_of
-from attnctl.loading import load
-from attnctl.maps import TokenMaps
+from attnctl.maps.reader import TokenMaps
 from attnctl.processors.astar import AStar
 from attnctl.processors.binding import bonds_of
-from attnctl.prompts import occurrences
-from attnctl.subjects import read_subjects
+from attnctl.words.phrases import occurrences
+from attnctl.words.subjects import read_subjects
 
 Bonds = tuple[tuple[str, str], ...]  # (modifier, noun)
 SETTINGS = tuple(one.name for one in fields(AStar) if one.name != "phrases")
@@ -122,8 +122,8 @@ class AStarPipeline:
             prompt: what to draw, one text or several. In a list, each picture goes by what its own prompt has. With
                 `prompt_embeds` among the arguments, what they mean.
             subjects: the things to keep apart and in place, two phrases or more of the prompt, best with their colours,
-                as "red car". "auto" reads them and their modifiers from each prompt, see `attnctl.subjects`; that needs
-                the extra "subjects".
+                as "red car". "auto" reads them and their modifiers from each prompt, see `attnctl.words.subjects`; for
+                that the extra "subjects" is needed.
             modifiers: noun -> its modifier or modifiers: binds them, see `Binding`. None: those that "auto" reads. In a
                 list of prompts, a modifier that stands before one of its nouns is that one's alone.
             masks: subject -> region it is to be in, see `Retention`; besides those of the settings, and before them.

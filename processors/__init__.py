@@ -3,8 +3,8 @@
 A method knows the engine (`attnctl`), no model family and no pipeline class. `Control` is here for those who write one.
 """
 
-from attnctl.control import Control
-from attnctl.maps import TokenMaps
+from attnctl.engine.control import Control
+from attnctl.maps.reader import TokenMaps
 
 from .astar import AStar
 from .binding import Binding

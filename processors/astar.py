@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from math import inf
 from typing import Any, ClassVar
 
+from attnctl.engine.run import Step
 from attnctl.errors import ControlError
+from attnctl.processors.latents.descent import MapDescent, check_phrases, phrases_first
 from attnctl.regions import named_regions
-from attnctl.run import Step
 
 from .binding import Bind, Bond, bonds_of, ends
-from .descent import MapDescent, check_phrases, phrases_first
 from .loss_terms import Loss
 from .losses import Rule
 from .retention import RULE, SHARE, Keep, Masks, check_rule

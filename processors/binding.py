@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnctl.engine.run import Run
 from attnctl.errors import ControlError
-from attnctl.prompts import NUMBERED, TextStream, text_rows
-from attnctl.run import Run
+from attnctl.processors.latents.descent import MapDescent, phrases_first
+from attnctl.processors.latents.map_gradient import Wanted
+from attnctl.words.phrases import NUMBERED, TextStream, text_rows
 
-from .descent import MapDescent, phrases_first
 from .loss_terms import Loss, View
 from .losses import binding_parts
-from .map_gradient import Wanted
 
 Bond = str | tuple[str, str]
 

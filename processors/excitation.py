@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .descent import MapDescent, check_phrases, phrases_first
+from attnctl.processors.latents.descent import MapDescent, check_phrases, phrases_first
+from attnctl.processors.latents.map_gradient import Preparation
+
 from .loss_terms import Loss, OfPhrases, View
 from .losses import excitation_parts
-from .map_gradient import Preparation
 
 
 class Excite(OfPhrases):

@@ -9,10 +9,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from attnctl.prompts import TextStream
-from attnctl.run import Run
-
-from .map_gradient import Preparation, Wanted
+from attnctl.engine.run import Run
+from attnctl.processors.latents.map_gradient import Preparation, Wanted
+from attnctl.words.phrases import TextStream
 
 
 @dataclass(frozen=True)

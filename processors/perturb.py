@@ -42,12 +42,12 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from attnctl.control import AttentionCall, Control, Lane, Proceed
+from attnctl.engine.control import AttentionCall, Control, Lane, Proceed
+from attnctl.engine.heads import Heads, pick_heads, write_heads
+from attnctl.engine.run import Run, Step
+from attnctl.engine.sites import Site, discover
 from attnctl.errors import AttnctlWarning, ControlError
-from attnctl.heads import Heads, pick_heads, write_heads
-from attnctl.maps import check_window
-from attnctl.run import Run, Step
-from attnctl.sites import Site, discover
+from attnctl.maps.reader import check_window
 
 from .perturbed_attention import Scope, blur, kept_by_text, mix, own_values, queries_of, temperature, uniform
 
@@ -104,7 +104,7 @@ class Perturb(Control):
     """Guides away from what the model draws when chosen attention heads are broken: adds `scale` (c - p).
 
     Settings:
-        heads: which heads, see `attnctl.heads.pick_heads`: "7:3 12:9" (block:head), "7-10" (whole blocks), "mid",
+        heads: which heads (`attnctl.engine.heads.pick_heads`): "7:3 12:9" (block:head), "7-10" (whole blocks), "mid",
             "all", a glob of names, or a file that holds such a list. `attnctl sites` lists the blocks.
         u: how far they are broken, in (0, 1]; 1 is PAG. One number, or one for each image of the batch.
         scale: weight w of the difference, from 0; 0 does nothing at all. Papers' convention: e + w (c - p).

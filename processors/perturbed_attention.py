@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnctl.control import AttentionCall, Proceed
+from attnctl.engine.control import AttentionCall, Proceed
 
 Scope = Literal["whole", "image", "image-masked", "image-diagonal"]
 

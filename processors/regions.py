@@ -21,12 +21,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attnctl.control import AttentionCall, Control, Lane, Proceed
+from attnctl.engine.control import AttentionCall, Control, Lane, Proceed
+from attnctl.engine.run import Run, Step
+from attnctl.engine.sites import Selection, Site, select
 from attnctl.errors import ControlError, PhraseError
-from attnctl.maps import check_rows, check_window, with_text
+from attnctl.maps.reader import check_rows, check_window, with_text
 from attnctl.regions import Region, named_regions
-from attnctl.run import Run, Step
-from attnctl.sites import Selection, Site, select
 
 Masks = tuple[tuple[str, Any], ...]  # (phrase, anything a Region is made of)
 

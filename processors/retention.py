@@ -12,15 +12,15 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from attnctl.engine.run import Run
 from attnctl.errors import ControlError
-from attnctl.prompts import TextStream
+from attnctl.processors.latents.descent import MapDescent, check_phrases, phrases_first
+from attnctl.processors.latents.map_gradient import Wanted
 from attnctl.regions import Region, named_regions
-from attnctl.run import Run
+from attnctl.words.phrases import TextStream
 
-from .descent import MapDescent, check_phrases, phrases_first
 from .loss_terms import Loss, OfPhrases, View
 from .losses import Rule, binarise, retention_parts
-from .map_gradient import Wanted
 
 Masks = tuple[tuple[str, Any], ...]  # (phrase, anything a Region is made of)
 RULE: Rule = "quantile"

@@ -16,14 +16,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from attnctl.engine.run import Run
 from attnctl.errors import ControlError, of_image
-from attnctl.prompts import TextStream
-from attnctl.run import Run
+from attnctl.processors.latents.descent import MapDescent, phrases_first
+from attnctl.processors.latents.map_gradient import Wanted
+from attnctl.words.phrases import TextStream
 
-from .descent import MapDescent, phrases_first
 from .loss_terms import Loss, OfPairs, View
 from .losses import segregation_parts
-from .map_gradient import Wanted
 
 Pair = tuple[str, str]
 PRESETS: dict[str, dict[str, Any]] = {

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnctl.sites import Site
+from attnctl.engine.sites import Site
+from attnctl.processors.latents.map_gradient import Wanted
 
 from .loss_terms import Loss
-from .map_gradient import Wanted
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,7 @@ def backend_of_the_process() -> Iterator[None]:
 @pytest.fixture
 def command(capfd, monkeypatch, tmp_path):
     """command("generate", ...) -> (exit code, lines of stdout, lines of stderr), in an empty folder."""
-    from attnctl import cli
+    from attnctl.app import cli
 
     monkeypatch.chdir(tmp_path)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from toys import Bias, Descend, Guide, Identity, Output, Push
 
-from attnctl.control import Control
+from attnctl.engine.control import Control
 from attnctl.processors import (
     AStar,
     Binding,

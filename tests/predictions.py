@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import tiny
 
 from attnctl import attach
-from attnctl.control import Control
+from attnctl.engine.control import Control
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,8 +9,8 @@ import torch
 from attnctl import attach
 from attnctl.errors import ControlError, PhraseError
 from attnctl.processors import AStar, Binding, Control, Excitation, Retention, Segregation, TokenMaps
+from attnctl.processors.latents.map_gradient import Wanted
 from attnctl.processors.losses import binarise, binding_loss, retention_loss, segregation_loss
-from attnctl.processors.map_gradient import Wanted
 from attnctl.processors.retention import Keep
 
 TEXTS = ["a cat and a red dog", "a red dog and a cat"]

@@ -8,11 +8,11 @@ import torch
 from contract_table import close
 
 from attnctl import attach
-from attnctl.control_text import parse_control
+from attnctl.app.control_text import parse_control
+from attnctl.app.trace_pictures import loss_curves
 from attnctl.errors import ControlError, UnsupportedPipelineError
 from attnctl.pipelines import AStarPipeline
 from attnctl.processors import AStar, Binding, Excitation, Retention, Segregation
-from attnctl.trace_pictures import loss_curves
 
 LEFT, RIGHT = (0, 0, 0.5, 1), (0.5, 0, 1, 1)
 DRAW = {"num_inference_steps": 2, "height": 32, "width": 48, "output_type": "latent"}

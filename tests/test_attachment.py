@@ -10,11 +10,11 @@ import tiny
 import torch
 from toys import Identity, Output, Push, Spy
 
-from attnctl.attachment import attach
-from attnctl.control import AttentionCall, Control, Rows
+from attnctl.engine.attachment import attach
+from attnctl.engine.control import AttentionCall, Control, Rows
+from attnctl.engine.patch import Patch
 from attnctl.errors import ControlError, PhraseError
-from attnctl.maps import TokenMaps
-from attnctl.patch import Patch
+from attnctl.maps.reader import TokenMaps
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

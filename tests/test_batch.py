@@ -13,7 +13,7 @@ import pytest
 import tiny as pipelines
 from PIL import Image
 
-from attnctl import batch, cli, job_files, jobs, recipe
+from attnctl.app import batch, cli, job_files, jobs, recipe
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "a cat and a dog"
@@ -249,7 +249,7 @@ def test_a_job_that_fails_is_noted_and_the_rest_is_drawn(write, command, tiny, t
 
 
 def test_a_failure_that_is_mended_is_forgotten(some, tmp_path, monkeypatch):
-    from attnctl import drawing
+    from attnctl.app import drawing
 
     own, out = drawing.draw, tmp_path / "out"
 
@@ -312,7 +312,7 @@ def test_two_batches_in_one_folder_are_refused(some, command, tmp_path):
 
 
 def test_ctrl_c_says_how_to_go_on(some, command, tmp_path, monkeypatch):
-    from attnctl import drawing
+    from attnctl.app import drawing
 
     own, out = drawing.draw, tmp_path / "out"
 

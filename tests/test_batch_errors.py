@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import pytest
 import tiny
 
-from attnctl.attachment import attach
-from attnctl.control import Control
+from attnctl.engine.attachment import attach
+from attnctl.engine.control import Control
 from attnctl.errors import AttnctlError, ControlError
-from attnctl.maps import TokenMaps
+from attnctl.maps.reader import TokenMaps
 from attnctl.processors import Excitation, Segregation
 
 

@@ -13,9 +13,9 @@ import tiny as pipelines
 from PIL import Image
 
 import attnctl
-from attnctl import asked, cli, recipe
-from attnctl.control import Control, Lane
-from attnctl.sites import select
+from attnctl.app import asked, cli, recipe
+from attnctl.engine.control import Control, Lane
+from attnctl.engine.sites import select
 
 WORDS = "a cat and a dog"
 KNOWN = asked.known_controls
@@ -268,7 +268,7 @@ def test_judge_prints_json(run, judge):
 
 
 def test_an_embedded_model_is_judged_and_its_things_are_found(run, judge, tiny, monkeypatch):
-    from attnctl import loading
+    from attnctl.app import loading
 
     monkeypatch.setattr(loading, "MODELS", tiny.parent)
     monkeypatch.setattr(asked, "known_controls", lambda: {"Segregation": Damp})
@@ -385,7 +385,8 @@ def test_a_control_without_phrases_reads_them_from_the_prompt(generate, monkeypa
 
 
 def test_a_control_without_phrases_on_an_embedded_model_knows_its_things(run, judge, tiny, monkeypatch):
-    from attnctl import loading, subjects
+    from attnctl.app import loading
+    from attnctl.words import subjects
 
     monkeypatch.setattr(loading, "MODELS", tiny.parent)
     monkeypatch.setattr(asked, "known_controls", KNOWN)
@@ -417,7 +418,7 @@ def test_a_picture_left_alone_says_so(generate, run, monkeypatch):
     sheet = Image.open(out[-1])
     assert run("reproduce", out[-1])[1][-1] == "bit-identical"
     with monkeypatch.context() as patch:
-        from attnctl import drawing
+        from attnctl.app import drawing
 
         patch.setattr(drawing, "_left_alone", lambda *_: ())  # what the sheet says is in its caption
         _, silent, _ = generate(*words[:-1], words[-1].format("1e-6"), "--out", "silent")
@@ -464,7 +465,7 @@ def threads():
 
 
 def test_an_embedded_model_draws_with_one_thread_unless_told(run, judge, tiny, monkeypatch, threads):
-    from attnctl import loading
+    from attnctl.app import loading
 
     monkeypatch.setattr(loading, "MODELS", tiny.parent)
 
@@ -532,7 +533,7 @@ def test_half_written_model(generate, tiny, somewhere, tmp_path_factory):
 
 
 def test_sliced_pipeline(generate, somewhere, monkeypatch):
-    from attnctl import loading
+    from attnctl.app import loading
 
     def load_sliced(model, **options):
         pipe = load(model, **options)
@@ -626,7 +627,7 @@ def test_a_bug_keeps_its_traceback(run, monkeypatch):
 
 
 def test_help_and_version_import_nothing_heavy(somewhere):
-    script = "import sys; from attnctl.cli import main\ntry: main()\nexcept SystemExit as stop: code = stop.code\n"
+    script = "import sys; from attnctl.app.cli import main\ntry: main()\nexcept SystemExit as stop: code = stop.code\n"
     script += "print(code, sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
     for words in (["--help"], ["generate", "--help"], ["--version"], ["generate", "a cat", "--size", "1"]):
         done = subprocess.run(

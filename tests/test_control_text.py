@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal
 
 import pytest
 
-from attnctl.control_text import ControlTextError, describe, parse_control, write_control
+from attnctl.app.control_text import ControlTextError, describe, parse_control, write_control
 
 if TYPE_CHECKING:
-    from attnctl.sites import Selection
+    from attnctl.engine.sites import Selection
 
 
 @dataclass(frozen=True, init=False)
@@ -141,7 +141,7 @@ def test_what_is_written_is_read_again(phrases):
 
 
 def test_every_control_of_the_package_describes_itself():
-    from attnctl.cli import known_controls
+    from attnctl.app.cli import known_controls
 
     for name, cls in known_controls().items():
         assert describe(cls).startswith(name[0].lower())
@@ -154,7 +154,7 @@ def test_text_that_is_nested_without_end_is_refused():
 
 
 def test_errors_are_one_short_line_that_names_the_nearest():
-    from attnctl.cli import known_controls
+    from attnctl.app.cli import known_controls
 
     known = known_controls()
     for text, said in [
@@ -179,8 +179,8 @@ def test_errors_are_one_short_line_that_names_the_nearest():
 
 
 def test_what_the_list_of_controls_prints_can_be_parsed():
-    from attnctl.cli import known_controls
-    from attnctl.control_text import summary
+    from attnctl.app.cli import known_controls
+    from attnctl.app.control_text import summary
 
     known = known_controls()
     for cls in known.values():

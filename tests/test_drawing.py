@@ -4,8 +4,8 @@ import pytest
 import tiny
 from PIL import Image
 
-from attnctl.drawing import Drawing, DrawingError, check_size, content_words, draw, needed, pictures
-from attnctl.recipe import Recipe
+from attnctl.app.drawing import Drawing, DrawingError, check_size, content_words, draw, needed, pictures
+from attnctl.app.recipe import Recipe
 
 
 def recipe(**changes):

@@ -8,8 +8,8 @@ import pytest
 import tiny
 
 from attnctl import sites
+from attnctl.engine.heads import pick_heads, write_heads
 from attnctl.errors import NoSiteError
-from attnctl.heads import pick_heads, write_heads
 
 SD1, SD3, SD35, FLUX = (sites(make()) for make in (tiny.sd1, tiny.sd3, tiny.sd35, tiny.flux))
 

@@ -10,8 +10,8 @@ import tiny
 import torch
 from toys import Guide, Identity, Push, Spy, pattern
 
-from attnctl.attachment import attach
-from attnctl.control import Control
+from attnctl.engine.attachment import attach
+from attnctl.engine.control import Control
 from attnctl.errors import ControlError
 
 SCHEDULERS = {

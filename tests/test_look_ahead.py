@@ -12,8 +12,8 @@ from diffusers import (
 )
 
 from attnctl import attach
+from attnctl.engine.look_ahead import look_ahead
 from attnctl.errors import ControlError
-from attnctl.look_ahead import look_ahead
 from attnctl.processors import AStar, Excitation, Segregation
 
 STEPS = 6

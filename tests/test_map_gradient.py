@@ -7,10 +7,10 @@ import pytest
 import tiny
 import torch
 
+from attnctl.engine.sites import Site
 from attnctl.errors import NoSiteError, PhraseError
 from attnctl.processors import Segregation
-from attnctl.processors.losses import segregation_loss
-from attnctl.processors.map_gradient import (
+from attnctl.processors.latents.map_gradient import (
     Wanted,
     blur,
     coarsest,
@@ -23,8 +23,8 @@ from attnctl.processors.map_gradient import (
     wanted,
     words_of,
 )
-from attnctl.prompts import TextStream, positions
-from attnctl.sites import Site
+from attnctl.processors.losses import segregation_loss
+from attnctl.words.phrases import TextStream, positions
 
 
 def fields(*rows, seed=0):

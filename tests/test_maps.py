@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from attnctl import heatmaps
-from attnctl.control import AttentionCall
+from attnctl.engine.control import AttentionCall
+from attnctl.engine.sites import Site
 from attnctl.errors import ControlError, NoSiteError, PhraseError
-from attnctl.maps import Maps, TokenMaps, join_grids, with_text
-from attnctl.probabilities import Listener, call_maps, direct, known, one_hot, token_maps
-from attnctl.prompts import TextStream
+from attnctl.maps import pictures as heatmaps
+from attnctl.maps.probabilities import Listener, call_maps, direct, known, one_hot, token_maps
+from attnctl.maps.reader import Maps, TokenMaps, join_grids, with_text
 from attnctl.sheets import GAP, grid
-from attnctl.sites import Site
+from attnctl.words.phrases import TextStream
 
 CROSS = Site("mid.attn2", "cross", 4, 8, 1, 1)
 JOINT = Site("blocks.0.attn", "joint", 4, 8, 0, 2, "image-first")
@@ -85,7 +85,7 @@ def test_more_tokens_than_a_head_has_channels():
 
 def test_many_keys_take_the_fused_route(monkeypatch):
     q, k = tensors(keys=600)
-    monkeypatch.setattr("attnctl.probabilities.direct", None)
+    monkeypatch.setattr("attnctl.maps.probabilities.direct", None)
     tokens = torch.tensor([3, 599])
     torch.testing.assert_close(token_maps(q, k, tokens), reference(q, k, tokens)[0])
 

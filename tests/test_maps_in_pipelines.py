@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import attnctl
 from attnctl import attach
 from attnctl.errors import ControlError, PhraseError
-from attnctl.maps import TokenMaps
+from attnctl.maps.reader import TokenMaps
 
 TEXTS = ["a cat and a red dog", "a dog and a backpack"]
 T5_OFFSET = {"sd3": 77, "sd35": 77, "flux": 0}
@@ -27,7 +27,7 @@ def pipes():
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize(("cfg", "few"), [(True, 0), (False, 512)])
 def test_maps_equal_those_of_attention_written_out(pipes, family, cfg, few, monkeypatch):
-    monkeypatch.setattr("attnctl.probabilities.FEW", few)  # 0: the route of large models, by the kernel's row sums
+    monkeypatch.setattr("attnctl.maps.probabilities.FEW", few)  # 0: the route of large models, by the kernel's row sums
     pipe, sites = pipes[family], attnctl.sites(pipes[family])
     settings: dict[str, Any] = {} if cfg else {"guidance_scale": 1.0 if family == "flux" else 0.0}
     if cfg and family == "flux":
@@ -91,7 +91,7 @@ def positions_by_hand(pipe, family, text, phrase):
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize(("keep", "few"), [((), 0), ((), 512), (("step", "layer", "head"), 0)])
 def test_recording_changes_no_bit_of_the_picture(pipes, family, inference, keep, few, monkeypatch):
-    monkeypatch.setattr("attnctl.probabilities.FEW", few)
+    monkeypatch.setattr("attnctl.maps.probabilities.FEW", few)
     pipe = pipes[family]
     with torch.inference_mode(inference):
         plain = tiny.draw(pipe, TEXTS)
@@ -102,8 +102,8 @@ def test_recording_changes_no_bit_of_the_picture(pipes, family, inference, keep,
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_row_sums_are_heard_at_every_site(pipes, family, monkeypatch):
-    monkeypatch.setattr("attnctl.probabilities.FEW", 0)
-    monkeypatch.setattr("attnctl.probabilities.one_hot", None)
+    monkeypatch.setattr("attnctl.maps.probabilities.FEW", 0)
+    monkeypatch.setattr("attnctl.maps.probabilities.one_hot", None)
     with attach(pipes[family], TokenMaps()) as run:
         tiny.draw(pipes[family], TEXTS)
     assert run.maps["dog"].min() > 0
@@ -116,7 +116,7 @@ def test_a_kernel_that_tells_no_row_sums_gives_the_same_maps(pipes, family, few,
     with attach(pipe, TokenMaps()) as run:
         tiny.draw(pipe, TEXTS)
         plain = run.maps["dog"]
-        monkeypatch.setattr("attnctl.probabilities.FEW", few)
+        monkeypatch.setattr("attnctl.maps.probabilities.FEW", few)
         with sdpa_kernel(SDPBackend.MATH):
             tiny.draw(pipe, TEXTS)
         torch.testing.assert_close(run.maps["dog"], plain, atol=1e-6, rtol=1e-4)
@@ -139,7 +139,7 @@ def test_maps_of_a_batch_are_those_of_single_runs(pipes, family):
 
 @pytest.mark.parametrize("family", ["sd1", "sd3", "flux"])
 def test_maps_under_a_compiled_denoiser(family, monkeypatch):
-    monkeypatch.setattr("attnctl.probabilities.FEW", 0)
+    monkeypatch.setattr("attnctl.maps.probabilities.FEW", 0)
     torch.compiler.reset()
     pipe = tiny.FAMILIES[family]()
     with attach(pipe, TokenMaps()) as run:

@@ -13,9 +13,9 @@ from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig, ap
 from toys import Guide, Push, Spy
 
 from attnctl import attach, sites
-from attnctl.control import Control
+from attnctl.engine.control import Control
+from attnctl.engine.heads import pick_heads
 from attnctl.errors import ControlError
-from attnctl.heads import pick_heads
 from attnctl.processors import Pag, Perturb, Slg, Tpg
 
 FAMILIES = tuple(tiny.FAMILIES)

@@ -16,7 +16,7 @@ from predictions import weak_prediction
 from toys import Guide, Output, Push, Spy
 
 from attnctl import attach
-from attnctl.control import Control, Lane
+from attnctl.engine.control import Control, Lane
 from attnctl.errors import AttnctlWarning, ControlError, NoSiteError
 from attnctl.processors import Pag, Perturb, Seg, Segregation, Slg, TokenMaps, Tpg
 
@@ -514,15 +514,15 @@ def test_no_warning_where_all_is_well():
     ],
 )
 def test_written_as_text(text, want):
-    from attnctl.cli import known_controls
-    from attnctl.control_text import parse_control
+    from attnctl.app.cli import known_controls
+    from attnctl.app.control_text import parse_control
 
     assert parse_control(text, known_controls()) == want
 
 
 def test_text_that_is_wrong_says_how_to_write_it():
-    from attnctl.cli import known_controls
-    from attnctl.control_text import ControlTextError, parse_control
+    from attnctl.app.cli import known_controls
+    from attnctl.app.control_text import ControlTextError, parse_control
 
     for text, said in (
         ("perturb(heads=7:3, 12:9)", "'12:9' stands after a setting; .* such as heads='a, b'"),

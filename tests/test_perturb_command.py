@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from attnctl import recipe
+from attnctl.app import recipe
 
 PROMPT = "a red car and a cat"
 

@@ -12,10 +12,10 @@ import torch
 from contract_table import close, differs
 from toys import Bias, Identity
 
-from attnctl.attachment import attach
-from attnctl.control import Control, Lane
+from attnctl.engine.attachment import attach
+from attnctl.engine.control import Control, Lane
+from attnctl.engine.sites import select
 from attnctl.errors import ControlError
-from attnctl.sites import select
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ import pytest
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from attnctl.errors import PhraseError
-from attnctl.prompts import TextStream, find, layout, positions, streams, text_rows, words
+from attnctl.words.phrases import TextStream, find, layout, positions, streams, text_rows, words
 
 
 @pytest.fixture(scope="module")

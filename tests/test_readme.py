@@ -68,7 +68,7 @@ def commands():
 
 @pytest.mark.slow
 def test_commands_of_the_readme(tmp_path, monkeypatch, capfd):
-    from attnctl import cli
+    from attnctl.app import cli
 
     monkeypatch.chdir(tmp_path)
     attnctl.load("glyph-sd").save_pretrained(tmp_path / "my-model")
@@ -82,7 +82,7 @@ def test_commands_of_the_readme(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.slow
 def test_batch_of_the_readme(tmp_path, monkeypatch, capfd):
-    from attnctl import cli
+    from attnctl.app import cli
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "jobs.yaml").write_text(

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from attnctl import recipe as recipes
-from attnctl.recipe import Recipe, RecipeError, pixel_hash, read, save, weights_hash
+from attnctl.app import recipe as recipes
+from attnctl.app.recipe import Recipe, RecipeError, pixel_hash, read, save, weights_hash
 
 RECIPE = Recipe(
     model="glyph-sd",

@@ -13,7 +13,7 @@ from PIL import Image
 from toys import Spy
 
 from attnctl import attach
-from attnctl.control import Control
+from attnctl.engine.control import Control
 from attnctl.errors import ControlError, NoSiteError, PhraseError
 from attnctl.processors import Isolation, Perturb, Regions, Segregation, TokenMaps
 from attnctl.processors.regions import constrained, isolated, on_grid

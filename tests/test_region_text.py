@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from attnctl import cli, recipe
-from attnctl.control_text import parse_control
+from attnctl.app import cli, recipe
+from attnctl.app.control_text import parse_control
+from attnctl.app.region_text import RegionTextError, outlined, region_control
 from attnctl.processors import Regions
-from attnctl.region_text import RegionTextError, outlined, region_control
 from attnctl.regions import Region
 
 

@@ -13,10 +13,10 @@ import torch
 from diffusers.models import attention_processor
 from toys import Identity, Output, Spy
 
-from attnctl.attachment import attach
-from attnctl.control import Control
+from attnctl.engine.attachment import attach
+from attnctl.engine.control import Control
+from attnctl.engine.seam import Seat, attentions, reachable
 from attnctl.errors import UnsupportedProcessorError
-from attnctl.seam import Seat, attentions, reachable
 
 
 def identity(q, k, v, bias, scale, index, kernel):

@@ -12,13 +12,13 @@ import attnctl
 from attnctl import attach
 from attnctl.errors import ControlError, PhraseError
 from attnctl.processors import Control, Segregation, TokenMaps
-from attnctl.processors.losses import segregation_loss
-from attnctl.processors.map_gradient import (
+from attnctl.processors.latents.map_gradient import (
     Wanted,
     phrase_maps,
     read_maps,
     step_size,
 )
+from attnctl.processors.losses import segregation_loss
 from attnctl.processors.segregation import Apart
 
 
@@ -103,7 +103,7 @@ def full_pass(pipe, control, trace, one, images):
 def test_the_gradient_of_the_stopped_forward_is_that_of_the_whole(pipes, family, theirs, monkeypatch):
     settings: dict[str, Any] = {"maps": "attend-and-excite", "relative": None} if theirs else {}
     if not theirs:  # the fused route, which these small models would not take
-        monkeypatch.setattr("attnctl.probabilities.FEW", 0)
+        monkeypatch.setattr("attnctl.maps.probabilities.FEW", 0)
     pipe, control = pipes[family], Watched("cat", "dog", window=(0, 1), **settings)
     with attach(pipe, control) as run:
         tiny.draw(pipe, TEXTS)
@@ -268,7 +268,7 @@ def test_a_phrase_that_is_part_of_a_longer_one_is_not_asked_for_again():
 def test_many_phrases_are_set_up_at_once(monkeypatch):
     from torch.overrides import TorchFunctionMode
 
-    from attnctl import prompts
+    from attnctl.words import phrases as prompts
 
     class Count(TorchFunctionMode):
         calls = 0

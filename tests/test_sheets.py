@@ -36,7 +36,7 @@ def test_a_caption_without_a_picture_is_a_heading():
 def test_loss_curves_have_plain_labels(monkeypatch):
     from matplotlib import figure
 
-    from attnctl.trace_pictures import loss_curves
+    from attnctl.app.trace_pictures import loss_curves
 
     made = []
 

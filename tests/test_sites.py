@@ -8,9 +8,9 @@ import torch
 from toys import Spy
 
 from attnctl import sites as discover
-from attnctl.attachment import attach
+from attnctl.engine.attachment import attach
+from attnctl.engine.sites import Site, select
 from attnctl.errors import ControlError, NoSiteError, UnsupportedPipelineError
-from attnctl.sites import Site, select
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

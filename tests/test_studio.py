@@ -10,11 +10,11 @@ from PIL import Image
 
 gradio = pytest.importorskip("gradio")
 
-from attnctl import asked, cli, recipe  # noqa: E402
-from attnctl.control import Control, Lane  # noqa: E402
-from attnctl.control_text import parse_control  # noqa: E402
+from attnctl.app import asked, cli, recipe  # noqa: E402
+from attnctl.app.control_text import parse_control  # noqa: E402
 from attnctl.demos.cards import EXAMPLES, cards  # noqa: E402
 from attnctl.demos.runs import SIDE, STEPS, Asked, Result, Step, Studio, region_preview, restored  # noqa: E402
+from attnctl.engine.control import Control, Lane  # noqa: E402
 from attnctl.errors import AttnctlError  # noqa: E402
 
 ASKED = Asked("a cat and a dog", "segregation(cat, dog)", "cat: 0,0,0.5,1", seed=1, steps=2, maps=True)
@@ -184,6 +184,6 @@ def test_a_program_is_told_what_is_wrong_and_what_there_is(client):
 
 
 def test_without_gradio_the_command_says_what_to_install():
-    code = "import sys; sys.modules['gradio'] = None; sys.argv[1:] = ['ui']; from attnctl.cli import main; main()"
+    code = "import sys; sys.modules['gradio'] = None; sys.argv[1:] = ['ui']; from attnctl.app.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and 'pip install "attnctl[ui]"' in done.stderr and done.stderr.count("\n") == 1

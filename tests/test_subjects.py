@@ -1,12 +1,12 @@
 import pytest
 import tiny
 
-from attnctl import subjects
 from attnctl.errors import PhraseError
 from attnctl.glyph.words import benchmark
 from attnctl.pipelines import AStarPipeline
-from attnctl.prompts import words
-from attnctl.subjects import SubjectsError, read_subjects
+from attnctl.words import subjects
+from attnctl.words.phrases import words
+from attnctl.words.subjects import SubjectsError, read_subjects
 
 
 @pytest.mark.parametrize(

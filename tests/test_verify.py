@@ -8,9 +8,9 @@ import pytest
 import tiny
 import torch
 
-from attnctl import families
+from attnctl.engine import families
+from attnctl.engine.verify import verify
 from attnctl.errors import FamilyError
-from attnctl.verify import verify
 
 EXTRA = {"sd3": {"max_sequence_length": 16}, "sd35": {"max_sequence_length": 16}, "flux": {"max_sequence_length": 16}}
 

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attnctl.control import AttentionCall, Control, Lane, Proceed
-from attnctl.run import Run, Step
-from attnctl.sites import Selection, Site, select
+from attnctl.engine.control import AttentionCall, Control, Lane, Proceed
+from attnctl.engine.run import Run, Step
+from attnctl.engine.sites import Selection, Site, select
 
 
 def cond(call: AttentionCall) -> slice | None:

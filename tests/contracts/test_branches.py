@@ -10,7 +10,7 @@ from contract_table import differs
 from PIL import Image
 from toys import Spy
 
-from attnctl.attachment import attach
+from attnctl.engine.attachment import attach
 from attnctl.processors import Perturb, TokenMaps
 
 PICTURE = Image.new("RGB", (48, 32), "red")

@@ -8,7 +8,7 @@ import torch
 from contract_table import CASES, differs, trace
 from toys import Descend, Identity, Output, Spy
 
-from attnctl.attachment import attach
+from attnctl.engine.attachment import attach
 
 OPTIONS = {"fullgraph": True, "backend": "aot_eager"}
 

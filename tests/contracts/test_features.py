@@ -11,7 +11,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from toys import Bias, Identity, Output, Spy
 
-from attnctl.attachment import attach
+from attnctl.engine.attachment import attach
 
 PICTURE = torch.linspace(0, 1, 3 * 32 * 48).reshape(1, 3, 32, 48)
 EMBEDS = {"ip_adapter_image_embeds": [torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(5))]}
@@ -189,7 +189,7 @@ def test_attention_backend_is_kept():
 
 def test_skip_layer_guidance_is_a_pass_of_its_own():
     """SD 3.5 makes a third call on the conditional rows: controls act, but it is no step and its maps do not count."""
-    from attnctl.control import Lane
+    from attnctl.engine.control import Lane
 
     class Maps(Spy):
         lane = Lane.MAPS

@@ -9,7 +9,7 @@ from contract_table import CASES, differs, every_pair
 from toys import Identity, Output
 
 from attnctl import sites
-from attnctl.attachment import attach
+from attnctl.engine.attachment import attach
 
 GUIDED = {"flux": {"true_cfg_scale": 2.0, "negative_prompt": "blue"}}
 UNGUIDED = {"flux": {}}

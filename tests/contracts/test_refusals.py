@@ -13,8 +13,8 @@ import torch
 from contract_table import trace
 from toys import Identity, Output, Push
 
-from attnctl.attachment import attach
-from attnctl.control import Control, Lane
+from attnctl.engine.attachment import attach
+from attnctl.engine.control import Control, Lane
 from attnctl.errors import AttnctlError, ControlError, NoSiteError, PhraseError, UnsupportedPipelineError
 
 

@@ -13,8 +13,8 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from toys import Identity, Output, Push, Spy
 
-from attnctl.attachment import attach
-from attnctl.control import Control
+from attnctl.engine.attachment import attach
+from attnctl.engine.control import Control
 from attnctl.errors import ControlError, UnsupportedProcessorError
 
 

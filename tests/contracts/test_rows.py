@@ -8,7 +8,7 @@ import torch
 from contract_table import close, every_pair
 from toys import Bias, Spy
 
-from attnctl.attachment import attach
+from attnctl.engine.attachment import attach
 
 PROMPTS = ["a cat and a dog", "a red cat and a dog", "a blue dog and a cat", "a cat and a cat and a dog"]
 GUIDANCE = {

@@ -8,7 +8,7 @@ import torch
 from contract_table import differs, every_pair
 from toys import Identity
 
-from attnctl.attachment import attach
+from attnctl.engine.attachment import attach
 
 SIZES = [(32, 64), (64, 32), (48, 48)]
 

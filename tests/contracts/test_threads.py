@@ -9,8 +9,8 @@ import tiny
 import torch
 from toys import Identity, Output
 
-from attnctl.attachment import attach
-from attnctl.control import Control
+from attnctl.engine.attachment import attach
+from attnctl.engine.control import Control
 from attnctl.errors import BusyError
 
 

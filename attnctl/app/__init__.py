@@ -1,0 +1,1 @@
+"""What command line, batches and demos share: recipes, loading, drawing, controls written as text."""

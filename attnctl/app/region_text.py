@@ -1,0 +1,65 @@
+"""Regions as the command line takes them: "cat: 0,0,0.5,1" or "cat: mask.png"; and their outlines on a picture."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+
+from attnctl.errors import AttnctlError
+
+if TYPE_CHECKING:
+    from attnctl.regions import Region
+
+COLOURS = ("#e41a1c", "#377eb8", "#4daf4a", "#984ea3", "#ff7f00", "#a65628", "#f781bf", "#17becf")
+_BOX = re.compile(r"\s*[\[(]?\s*((?:\d*\.?\d+)(?:\s*[,x ]\s*\d*\.?\d+){3})\s*[\])]?\s*")
+
+
+class RegionTextError(AttnctlError):
+    """A region that is not written as the command line takes it."""
+
+
+def region_control(texts: Sequence[str]) -> str:
+    """The text of the control `regions` for these regions.
+
+    Args:
+        texts: each "PHRASE: left,top,right,bottom", in shares of the picture or in pixels, or "PHRASE: FILE", a mask.
+
+    Raises:
+        RegionTextError: one is neither.
+    """
+    return f"regions(masks=[{', '.join(f'[{phrase!r}, {where}]' for phrase, where in map(_read, texts))}])"
+
+
+def _read(text: str) -> tuple[str, str]:
+    phrase, colon, where = (part.strip() for part in text.partition(":"))
+    if not (phrase and colon and where):
+        raise RegionTextError(
+            f"--region {text!r}: write it as 'cat: 0,0,0.5,1' (left, top, right, bottom) or 'cat: mask.png'"
+        )
+    if box := _BOX.fullmatch(where):
+        return phrase, f"[{', '.join(re.split(r'[,x ]+', box[1]))}]"
+    if re.fullmatch(r"[\d\s.,x-]+", where):
+        raise RegionTextError(f"--region {text!r}: a box is left,top,right,bottom, such as 0,0,0.5,1 for the left half")
+    return phrase, repr(where)
+
+
+def outlined(picture: Image.Image, regions: Sequence[tuple[str, Region]]) -> Image.Image:
+    """The picture with the outline and the name of each region over it."""
+    page = picture.convert("RGB")
+    wide = max(2, page.width // 128) | 1
+    font: Any = ImageFont.load_default(max(10, page.width // 24))
+    for number, (phrase, region) in enumerate(regions):
+        colour = COLOURS[number % len(COLOURS)]
+        inside = region.on((page.height, page.width), (page.height, page.width)) >= 0.5
+        mask = Image.fromarray(inside.byte().mul(255).numpy())
+        framed = Image.new("L", (page.width + 2 * wide, page.height + 2 * wide))
+        framed.paste(mask, (wide, wide))
+        edge = ImageChops.subtract(framed, framed.filter(ImageFilter.MinFilter(2 * wide + 1)))
+        page.paste(colour, (0, 0), edge.crop((wide, wide, wide + page.width, wide + page.height)))
+        box = mask.getbbox()
+        if box is not None:
+            ImageDraw.Draw(page).text((box[0] + 2 * wide, box[1] + 2 * wide), phrase, colour, font)
+    return page

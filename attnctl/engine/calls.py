@@ -1,0 +1,202 @@
+"""One denoiser call: which run and step it is, which rows are what, and how an edit of the latents gets into it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnctl.engine.control import Rows
+from attnctl.engine.families import Family
+from attnctl.engine.run import Run, Sample, Texts
+from attnctl.errors import ControlError, UnsupportedPipelineError
+
+PROMPTS = ("prompt", "prompt_2", "prompt_3")  # arguments of encode_prompt, where a pipeline has them
+
+
+def named(denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A denoiser call's arguments by name."""
+    names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
+    return {name: _snapshot(value) for name, value in (dict(zip(names, args, strict=False)) | kwargs).items()}
+
+
+def same_text(one: Tensor, other: Tensor) -> bool:
+    """Whether two embeddings are the same: one tensor, or the same numbers."""
+    return one is other or (one.shape == other.shape and torch.equal(one, other.to(one)))
+
+
+def spread(arguments: dict[str, Any], positional: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments by name, as they were given: the first so many without their names, which hooks of others may read."""
+    names = list(arguments)
+    return tuple(arguments[name] for name in names[:positional]), {name: arguments[name] for name in names[positional:]}
+
+
+def _snapshot(value: Any) -> Any:
+    """The same tensors in containers of our own: denoisers take things out of those they are given."""
+    if type(value) is dict:
+        return {key: _snapshot(one) for key, one in value.items()}
+    return type(value)(map(_snapshot, value)) if type(value) in (list, tuple) else value
+
+
+def guided(pipe: Any, heard: dict[str, Any] | None) -> bool:
+    """True if the pipeline runs classifier-free guidance in this call, as it told `encode_prompt` or says itself."""
+    if heard is not None and heard.get("do_classifier_free_guidance") is not None:
+        return bool(heard["do_classifier_free_guidance"])
+    try:
+        return bool(pipe.do_classifier_free_guidance)
+    except AttributeError:  # no such property, or the pipeline was never called
+        return False
+
+
+def texts(heard: dict[str, Any] | None, given: str | list[str] | None, images: int) -> Texts:
+    """One text per image for each prompt argument.
+
+    Args:
+        heard: arguments of `encode_prompt`, or None if it was not called.
+        given: what the caller of `attach` said; counts only where the pipeline was given embeddings.
+        images: how many pictures there are.
+
+    Raises:
+        ControlError: the number of texts does not divide the number of pictures.
+    """
+    found: dict[str, str | list[str] | None] = {name: (heard or {}).get(name) for name in PROMPTS}
+    if found["prompt"] is None:
+        found["prompt"] = given
+    result: Texts = {}
+    for name, text in found.items():
+        if text is None:
+            continue
+        each = [text] if isinstance(text, str) else list(text)
+        if not each or images % len(each):
+            raise ControlError(f"{len(each)} texts for {name} do not fit {images} images")
+        result[name] = [one for one in each for _ in range(images // len(each))]
+    return result
+
+
+def images_of(heard: dict[str, Any] | None) -> int | None:
+    """How many pictures the arguments of `encode_prompt` ask for."""
+    if heard is None:
+        return None
+    prompt, embeds = heard.get("prompt"), heard.get("prompt_embeds")
+    if prompt is None and embeds is None:
+        return None
+    each = heard.get("num_images_per_prompt") or 1
+    if prompt is None:
+        return int(embeds.shape[0]) * each  # type: ignore[union-attr]
+    return each * (1 if isinstance(prompt, str) else len(prompt))
+
+
+def rows_of(run: Run, total: int, branch: str | None, extra: bool) -> Rows:
+    """Which rows of a denoiser call are what.
+
+    Args:
+        total: batch size of the call.
+        branch: name of the `cache_context` the call was made in.
+        extra: a further pass over conditional rows.
+
+    Raises:
+        UnsupportedPipelineError: more parts than [uncond; cond], in an order nobody has told us.
+    """
+    images = run.images
+    if run.family.branches == "sequential":
+        everything = slice(0, total)
+        return Rows(None, everything, total) if branch == "uncond" else Rows(everything, None, total)
+    if extra or total == images:
+        return Rows(slice(0, total), None, total)
+    if run.guided and total == 2 * images:
+        return Rows(slice(images, total), slice(0, images), total)
+    raise UnsupportedPipelineError(
+        f"{type(run.pipe).__name__} calls its denoiser with {total} rows for {images} images; "
+        "attnctl knows one row per image, or an unconditional and a conditional one"
+    )
+
+
+def start_run(
+    family: Family, pipe: Any, denoiser: Any, arguments: dict[str, Any], heard: dict[str, Any] | None, given: Any
+) -> Run:
+    """The run that a denoiser call opens."""
+    sample = arguments[family.sample]
+    total = sample.shape[0]
+    halved = guided(pipe, heard)
+    images = images_of(heard) or total // (2 if family.branches == "batched" and halved and total % 2 == 0 else 1)
+    scheduler = getattr(pipe, "scheduler", None)
+    timesteps = getattr(scheduler, "timesteps", None)
+    schedule = 0 if timesteps is None else len(timesteps)
+    start = 0
+    now = arguments.get("timestep")
+    if schedule and now is not None:
+        now = torch.as_tensor(now, dtype=torch.float32).flatten()[0].cpu() * family.time
+        start = int((timesteps.float().cpu() - now).abs().argmin())  # type: ignore[union-attr]
+    steps = (getattr(pipe, "num_timesteps", None) if heard is not None else None) or schedule - start
+    return Run(
+        family=family,
+        pipe=pipe,
+        images=images,
+        guided=halved,
+        latent_size=family.latent_size(denoiser, sample, arguments),
+        steps=steps,
+        texts=texts(heard, given, images),
+        max_sequence_length=(heard or {}).get("max_sequence_length"),
+        start=start,
+        schedule=schedule,
+    )
+
+
+def tokens_drawn(run: Run, raw: Tensor) -> int | None:
+    """How many tokens of packed latents are the picture that is drawn, if a reference picture follows them; or None."""
+    if raw.ndim != 3:
+        return None
+    height, width = run.latent_size
+    cells = (height // 2) * (width // 2)
+    return cells if raw.shape[1] > cells else None
+
+
+def scale_of(family: Family, pipe: Any, timestep: Any) -> float:
+    """The factor the scheduler puts on latents at this step, measured on a one: schedulers do not tell it."""
+    if not family.scaled or not hasattr(getattr(pipe, "scheduler", None), "scale_model_input"):
+        return 1.0
+    return float(pipe.scheduler.scale_model_input(torch.ones(1), timestep))
+
+
+def sigma_of(pipe: Any, position: int) -> float | None:
+    """The noise level at a position of the schedule, if the scheduler keeps such a list."""
+    sigmas = getattr(getattr(pipe, "scheduler", None), "sigmas", None)
+    return float(sigmas[position]) if sigmas is not None and position < len(sigmas) else None
+
+
+def written(pipe: Any, sample: Sample, raw: Tensor, timestep: Any) -> Tensor:
+    """The denoiser's input with the edited latents in it, for every branch, scaled as the pipeline would have.
+
+    An image whose latents nobody changed keeps its input to the bit.
+    """
+    edited = sample.edited
+    assert edited is not None
+    if sample.scale != 1.0:
+        scaled = pipe.scheduler.scale_model_input(edited, timestep)
+        own = sample.raw[sample.rows].narrow(sample.dim, 0, sample.channels)
+        same = (edited == sample.base).flatten(1).all(dim=1)
+        edited = torch.where(same.view(-1, *[1] * (own.ndim - 1)), own, scaled.to(own.dtype))
+    return sample.replaced(raw, edited)
+
+
+def stepped(sample: Sample, latents: Tensor) -> Tensor:
+    """The sample `scheduler.step` should see in place of `latents`, given what the controls made of the step's."""
+    edited = sample.edited
+    if edited is None:
+        return latents
+    if latents.shape != edited.shape:
+        raise ControlError(f"the scheduler steps latents of shape {tuple(latents.shape)}, not {tuple(edited.shape)}")
+    if sample.scale == 1.0 and latents.dtype == edited.dtype:
+        return edited
+    return latents + (edited - sample.base).to(latents.dtype)  # keeps what rounding or a lower precision lost
+
+
+def prediction(output: Any) -> tuple[Tensor, Any]:
+    """(the predicted tensor, a function that puts another in its place) of whatever a denoiser returns."""
+    if isinstance(output, tuple):
+        return output[0], lambda tensor: (tensor, *output[1:])
+    if isinstance(output, Tensor):
+        return output, lambda tensor: tensor
+    return output.sample, lambda tensor: type(output)(sample=tensor)

@@ -1,0 +1,194 @@
+"""Control: one intention about attention. AttentionCall: what it is handed. Lane: what it does to the call.
+
+Controls are frozen dataclasses of settings. Whatever changes while a picture is drawn lives in the attachment's `Run`
+(`run.state(self)`), never in the control, so one control object may serve several pipelines and threads.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from attnctl.errors import ControlError
+
+if TYPE_CHECKING:
+    from attnctl.engine.run import Run, Step
+    from attnctl.engine.sites import Site
+
+
+class Lane(enum.Enum):
+    """What a control does at a site. Only PROBS needs (queries, keys) probabilities, so only it costs the kernel."""
+
+    IDENTITY = "identity"  # nothing
+    BIAS = "bias"  # adds to the logits
+    QKV = "qkv"  # edits q, k or v
+    OUTPUT = "output"  # edits or replaces what attention returns
+    MAPS = "maps"  # reads attention maps, changes nothing
+    PROBS = "probs"  # owns the probabilities; one such control per site
+    GRADIENT = "gradient"  # reads sites in an extra forward with gradients, `Step.probe`
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which batch rows of one denoiser call are what. Contiguous; None where this call has no such rows."""
+
+    cond: slice | None
+    uncond: slice | None
+    total: int
+
+
+@dataclass
+class AttentionCall:
+    """One attention call of one site, in canonical layout. `replace` makes an edited copy to hand to `proceed`.
+
+    Attributes:
+        q: (batch, heads, queries, head_dim).
+        k, v: (batch, heads, keys, head_dim); with grouped queries they may have fewer heads than q.
+        bias: None, bool (True = may attend) or additive; broadcasts to (batch, heads, queries, keys).
+        scale: factor of the logits; None means head_dim ** -0.5.
+        site: where we are.
+        step: the denoiser call we are in; `step.rows` says which batch rows are conditional.
+        index: 0 for the site's first attention call in this forward. Further ones (IP-Adapter) bypass the controls.
+        grid: (height, width) of the image queries.
+        text: slice over keys that are text tokens; empty at self sites.
+        image: slice over queries that are image; at self and joint sites it selects the same rows among the keys.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    scale: float | None
+    site: Site
+    step: Step
+    index: int
+    grid: tuple[int, int]
+    text: slice
+    image: slice
+
+    def replace(self, **changes: Any) -> AttentionCall:
+        """A copy with some fields changed; the original is left alone."""
+        return replace(self, **changes)
+
+    def add_bias(self, extra: Tensor) -> AttentionCall:
+        """A copy whose logits get `extra` on top of the bias that is there.
+
+        Args:
+            extra: additive, broadcasts to (batch, heads, queries, keys); cast to q's dtype.
+        """
+        extra = extra.to(self.q.dtype)
+        if self.bias is None:
+            return self.replace(bias=extra)
+        if self.bias.dtype == torch.bool:
+            closed = torch.zeros_like(self.bias, dtype=self.q.dtype).masked_fill_(~self.bias, float("-inf"))
+            return self.replace(bias=closed + extra)
+        return self.replace(bias=self.bias + extra)
+
+
+Proceed = Callable[[AttentionCall], Tensor]
+
+
+class Control:
+    """Base of all controls. Subclass as a frozen dataclass, name a lane, override what you need."""
+
+    lane: ClassVar[Lane] = Lane.IDENTITY
+    innermost: ClassVar[bool] = False  # comes after those that edit queries, keys, values or logits, however listed
+
+    def sites(self, available: tuple[Site, ...]) -> tuple[Site, ...]:
+        """The sites this control touches. () for a control that acts on steps only.
+
+        Raises:
+            NoSiteError: nothing in `available` is what the control was asked to touch.
+        """
+        return ()
+
+    def begin(self, run: Run) -> Any:
+        """Called once per pipeline call, before its first denoiser forward. What it returns is `run.state(self)`.
+
+        The place to resolve phrases and regions, and to fail if they do not exist.
+        """
+        return None
+
+    def attend(self, call: AttentionCall, proceed: Proceed) -> Tensor:
+        """Act on one attention call of a selected site.
+
+        Args:
+            call: the call, as edited by the controls before this one.
+            proceed: runs the controls after this one and then attention itself.
+
+        Returns:
+            (batch, heads, queries, head_dim).
+        """
+        return proceed(call)
+
+    def before_denoise(self, step: Step) -> None:
+        """Called before each conditional denoiser forward. May assign `step.latents` and call `step.probe`."""
+
+    def after_denoise(self, step: Step, output: Tensor) -> Tensor | None:
+        """Called after each denoiser forward, also the unconditional one of a pipeline that runs CFG in two calls.
+
+        Args:
+            step: `step.rows` says which rows of `output` are conditional and unconditional.
+            output: the denoiser's prediction, (rows.total, ...).
+
+        Returns:
+            The prediction to use instead, or None to leave it.
+        """
+        return None
+
+    def end(self, run: Run) -> None:
+        """Called when the pipeline call's last denoising step is done, or when it was given up."""
+
+
+def run_chain(
+    chain: tuple[Control, ...],
+    call: AttentionCall,
+    kernel: Callable[..., Tensor],
+    see: Callable[[AttentionCall], None] | None = None,
+) -> Tensor:
+    """One attention call through the controls of its site.
+
+    Args:
+        chain: outermost first, see `nest`.
+        call: as the site made it.
+        kernel: (q, k, v, bias, scale) -> (batch, heads, queries, head_dim), the attention the site is set to use.
+        see: called with the call as the controls have edited it, before attention itself.
+
+    Raises:
+        ControlError: what comes out has another shape than the site needs.
+    """
+
+    def proceed(position: int, call: AttentionCall) -> Tensor:
+        if see is not None and (position == len(chain) or chain[position].lane is Lane.PROBS):
+            see(call)
+        if position == len(chain):
+            return kernel(call.q, call.k, call.v, call.bias, call.scale)
+        return chain[position].attend(call, partial(proceed, position + 1))
+
+    out = proceed(0, call)
+    expected = (*call.q.shape[:-1], call.v.shape[-1])
+    if out.shape != expected:
+        names = ", ".join(type(control).__name__ for control in chain)
+        raise ControlError(f"{names} returned {tuple(out.shape)} at {call.site.name}, which needs {tuple(expected)}")
+    return out
+
+
+def nest(controls: Sequence[Control], site: Site) -> tuple[Control, ...]:
+    """The controls of one site as they are nested, outermost first: as listed, `innermost` ones and PROBS last.
+
+    A PROBS control does not proceed to attention, it *is* attention; placed last it sees every bias and q/k/v edit.
+
+    Raises:
+        ControlError: two controls want to own the probabilities of this site.
+    """
+    owners = [c for c in controls if c.lane is Lane.PROBS]
+    if len(owners) > 1:
+        names = " and ".join(type(c).__name__ for c in owners)
+        raise ControlError(f"{names} both own the attention probabilities of {site.name}; attach one of them at a time")
+    return tuple(sorted(controls, key=lambda c: 2 if c.lane is Lane.PROBS else int(c.innermost)))  # a stable sort

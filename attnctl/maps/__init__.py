@@ -1,0 +1,1 @@
+"""Attention maps of words: recorded, read, shown."""

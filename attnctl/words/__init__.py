@@ -1,0 +1,1 @@
+"""Words of prompts: where their tokens are, which of them name things."""
