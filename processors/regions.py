@@ -21,12 +21,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attnctl.engine.control import AttentionCall, Control, Lane, Proceed
+from attnctl.engine.control import AttentionCall, Control, Lane, Proceed, check_window
 from attnctl.engine.run import Run, Step
-from attnctl.engine.sites import Selection, Site, select
+from attnctl.engine.sites import Selection, Site, select, with_text
 from attnctl.errors import ControlError, PhraseError
-from attnctl.maps.reader import check_rows, check_window, with_text
+from attnctl.maps.reader import check_rows
 from attnctl.regions import Region, named_regions
+from attnctl.words.phrases import tokens
 
 Masks = tuple[tuple[str, Any], ...]  # (phrase, anything a Region is made of)
 
@@ -146,7 +147,7 @@ class Regions(Control):
             found.append([])
             for phrase in self.phrases:
                 try:
-                    found[-1].append(run.tokens(phrase, image))
+                    found[-1].append(tokens(run, phrase, image))
                 except PhraseError as error:
                     trouble.setdefault(phrase, error)
                     found[-1].append([])
