@@ -24,6 +24,7 @@ from attnctl.engine.run import Run, Sample, Step
 from attnctl.engine.seam import Kernel
 from attnctl.engine.sites import Site
 from attnctl.engine.thread_guard import Turn
+from attnctl.engine.training import Batch, forward
 from attnctl.errors import AttnctlError, ControlError, UnsupportedPipelineError
 
 if TYPE_CHECKING:
@@ -46,15 +47,20 @@ class Flow:
         self.resting: ExitStack | None = None  # while controls themselves run; a denoiser they call is a plain one
         self.term: Tensor | None = None  # of guidance, of the step under way
         self.unguided = False  # the step under way has had its unconditional call, but no conditional one
+        self.training: Batch | None = None  # while a training batch is open
         self.frozen = False  # while a control may differentiate what a probe recorded
         self.branch: tuple[str, dict[str, Any], ExitStack] | None = None  # the cache_context we are in
         self.turn = Turn(type(wiring.pipe).__name__, lambda: wiring.pipe in _calling())
 
     def on_check(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.training is not None:
+            raise ControlError("a pipeline was called inside a training batch; leave its block first")
         self._arrive()  # every pipeline calls check_inputs first
         return original(*args, **kwargs)
 
     def on_encode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.training is not None:  # a loop that has its captions encoded
+            return original(*args, **kwargs)
         if self.heard is None:  # a pipeline without check_inputs, or somebody encoding by hand
             self._arrive()
         bound = inspect.signature(type(self.wiring.pipe).encode_prompt).bind(self.wiring.pipe, *args, **kwargs)
@@ -99,6 +105,8 @@ class Flow:
             raise AttnctlError("the denoiser was compiled while controls were attached; attach again")
         if self.resting:
             return original(*args, **kwargs)
+        if self.training is not None:
+            return forward(self, self.training, original, args, kwargs)
         self.turn.go_on()
         wiring, name = self.wiring, self.wiring.family.sample
         step = self._open(calls.named(wiring.model, args, kwargs), len(args))

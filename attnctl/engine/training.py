@@ -1,0 +1,130 @@
+"""Training batches: forwards of the denoiser in a loop of one's own, in which controls act and nothing is sampled.
+
+A pipeline call tells which rows are conditional, what they say and where in the schedule they are. A training loop tells
+only its captions; so every row is conditional, has a caption of its own, and the scheduler is never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from attnctl.engine import calls
+from attnctl.engine.control import Control, Rows
+from attnctl.engine.run import Run, Sample, Step
+from attnctl.errors import ControlError
+
+if TYPE_CHECKING:
+    from attnctl.engine.attachment import Attachment
+    from attnctl.engine.interception import Flow
+
+
+class Batch:
+    """An open block of `Attachment.batch`.
+
+    Attributes:
+        prompts: one for each row.
+        run: what the controls began with, from the first forward on; None before.
+    """
+
+    def __init__(self, texts: dict[str, list[str]], max_sequence_length: int | None) -> None:
+        self.texts, self.max_sequence_length = texts, max_sequence_length
+        self.prompts = texts["prompt"]
+        self.run: Run | None = None
+
+    def state(self, control: Control) -> Any:
+        """What a control has made in this block, such as the maps of a `LiveMaps`.
+
+        Raises:
+            ControlError: there was no forward yet, or the control is not attached.
+        """
+        if self.run is None:
+            raise ControlError("nothing was read yet: call the denoiser inside the batch first")
+        return self.run.state(control)
+
+
+@contextmanager
+def batch(attachment: Attachment, texts: dict[str, Sequence[str]], max_sequence_length: int | None) -> Iterator[Batch]:
+    """See `Attachment.batch`."""
+    wiring = attachment._wiring
+    if wiring is None:
+        raise ControlError("the attachment is released; attach again")
+    flow = wiring.flow
+    if flow.training is not None:
+        raise ControlError("a training batch is open already; leave its block first")
+    for name, each in texts.items():
+        if isinstance(each, str) or not each or len(each) != len(texts["prompt"]):
+            raise ControlError(f"a training batch has one {name} for each row, in a list; not {each!r}")
+    for control in wiring.controls():
+        if _steps(type(control)):
+            raise ControlError(f"{type(control).__name__} acts on the steps of a sampler; a training batch has none")
+    flow.turn.begin(at_work=flow.acting is not None or flow.resting is not None)
+    flow.finish()
+    wiring.refresh()
+    wiring.reseat()
+    block = flow.training = Batch({name: list(each) for name, each in texts.items()}, max_sequence_length)
+    try:
+        yield block
+    finally:
+        flow.training = None
+        flow.turn.done()
+
+
+def _steps(kind: type[Control]) -> bool:
+    """Whether controls of this kind do something around a denoising step."""
+    return any(
+        getattr(kind, name) is not getattr(Control, name) for name in ("before_denoise", "after_denoise")
+    )
+
+
+def forward(flow: Flow, block: Batch, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """One forward of the denoiser inside a batch."""
+    wiring, family = flow.wiring, flow.wiring.family
+    arguments = calls.named(wiring.model, args, kwargs)
+    raw, text = arguments[family.sample], arguments.get("encoder_hidden_states")
+    count = len(block.prompts)
+    if raw.shape[0] != count:
+        raise ControlError(f"the denoiser was called with {raw.shape[0]} rows in a batch of {count} prompts")
+    size = family.latent_size(wiring.model, raw, arguments)
+    if block.run is None:
+        block.run = Run(
+            family=family,
+            pipe=wiring.pipe,
+            images=count,
+            guided=False,
+            latent_size=size,
+            steps=0,
+            texts=block.texts,
+            max_sequence_length=block.max_sequence_length,
+        )
+    elif block.run.latent_size != size:
+        raise ControlError(f"one batch holds one size: latents of {block.run.latent_size}, then of {size}")
+    run = block.run
+    step = Step(
+        run=run,
+        index=run.calls,
+        timestep=arguments.get("timestep"),
+        rows=Rows(slice(0, count), None, count),
+        scale=1.0,
+        sigma=None,
+        fraction=0.0,
+        sample=Sample(raw, slice(0, count), family.latent_channels(wiring.model), family.channels, 1.0),
+        wiring=wiring,
+        arguments=arguments,
+        text_rows=text.shape[1] if isinstance(text, Tensor) else None,
+        positional=len(args),
+        images=tuple(range(count)),
+    )
+    with flow._rest():
+        for attachment in wiring.attachments:
+            attachment.latest = run
+        for control in wiring.controls():
+            run.begin(control)
+    run.calls += 1
+    with flow.again(step):
+        output = original(*args, **kwargs)
+    flow.probed = step  # blocks under gradient checkpointing run again in the backward, as parts of this step
+    return output
