@@ -120,10 +120,12 @@ def test_descent_binds_words_and_parts_nouns(moved, settings):
         "nouns": torch.stack([blob(8, 6, 3), blob(8, 9, 3)])[None],
     }
     maps[moved].requires_grad_()
-    losses = []
+    optimizer, losses = torch.optim.Adam([maps[moved]], 0.02), []
     for _ in range(40):
         total = Calibration(*settings).read(**maps).total
-        maps[moved].data -= 5 * torch.autograd.grad(total, maps[moved])[0]
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
         losses.append(total.item())
     assert losses[-1] < losses[0] - 0.1
 
