@@ -34,8 +34,8 @@ def key_gradients(unet):
 
 CHANGING = [
     (["a cat and a dog"] * 2, (16, 24)),
-    (["a red dog and a cat", "a cat with a dog"], (24, 16)),
-    (["blue cat with dog"], (32, 32)),
+    (["a red dog and a cat", "a cat and a blue dog"], (24, 16)),
+    (["blue cat and dog"], (32, 32)),
 ]
 
 
