@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+from attnctl.engine import training
 from attnctl.engine.control import Control
 from attnctl.engine.installation import Installation
 from attnctl.engine.run import Run
 from attnctl.engine.sites import Site
+from attnctl.engine.training import Batch
 from attnctl.errors import ControlError
 
 
@@ -87,6 +91,44 @@ class Attachment:
         installation, self._installation = self._installation, None
         if installation is not None:
             installation.remove(self)
+
+    def batch(
+        self,
+        prompts: Sequence[str],
+        *,
+        prompt_2: Sequence[str] | None = None,
+        prompt_3: Sequence[str] | None = None,
+        max_sequence_length: int | None = None,
+    ) -> AbstractContextManager[Batch]:
+        """A block of a training loop, in which the denoiser is called by hand and the controls act.
+
+            live = LiveMaps("cat", "dog")
+            with attach(pipe, live) as attached:
+                for captions, noisy, timesteps, text in batches:
+                    with attached.batch(captions) as batch:
+                        prediction = pipe.unet(noisy, timesteps, text).sample
+                    maps = batch.state(live).maps()  # (rows, phrases, height, width), with their gradient
+                    (my_loss(prediction) + my_map_loss(maps)).backward()
+
+        Every row is conditional. Nothing of a sampler is read: each row may have a timestep of its own, each batch its
+        own captions, number of rows and size. Gradient checkpointing works if it is not reentrant (diffusers' is not):
+        call `backward` of one batch before the next forward.
+
+        Args:
+            prompts: the caption of each row.
+            prompt_2, prompt_3: what further text encoders read, if that is something else.
+            max_sequence_length: rows of the text that T5 makes, as given to `encode_prompt` (SD 3, FLUX).
+
+        Raises:
+            ControlError: the rows of a forward are not as many as the prompts, a control acts on steps of a sampler, a
+                pipeline is called inside the block, or the attachment is released.
+            PhraseError: as the controls raise it at the first forward.
+        """
+        texts = {"prompt": prompts, "prompt_2": prompt_2, "prompt_3": prompt_3}
+        given = {name: each for name, each in texts.items() if each is not None}
+        if self._installation is None:
+            raise ControlError("the attachment is released; attach again")
+        return training.batch(self._installation.interception, given, max_sequence_length)
 
     def __repr__(self) -> str:
         names = ", ".join(type(control).__name__ for control in self.controls) or "no control"

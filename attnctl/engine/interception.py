@@ -52,13 +52,19 @@ class Interception:
         self.solved = 0  # calls of scheduler.step in this run
         self.term: Tensor | None = None  # of guidance, of the step under way
         self.unguided = False  # the step under way has had its unconditional call, but no conditional one
+        # (original call, arguments, arguments by name) -> output, while denoiser calls are a training loop's
+        self.training: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any] | None = None
         self.guard = ThreadGuard(type(target.pipe).__name__, lambda: target.pipe in _calling())
 
     def on_check(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.training is not None:
+            raise ControlError("a pipeline was called inside a training batch; leave its block first")
         self._arrive()  # every pipeline calls check_inputs first
         return original(*args, **kwargs)
 
     def on_encode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.training is not None:  # a loop that has its captions encoded
+            return original(*args, **kwargs)
         if self.words is None:  # a pipeline without check_inputs, or somebody encoding by hand
             self._arrive()
         bound = inspect.signature(type(self.target.pipe).encode_prompt).bind(self.target.pipe, *args, **kwargs)
@@ -103,6 +109,8 @@ class Interception:
             raise AttnctlError("the denoiser was compiled while controls were attached; attach again")
         if self.passes.resting:
             return original(*args, **kwargs)
+        if self.training is not None:
+            return self.training(original, args, kwargs)
         self.guard.go_on()
         target, name = self.target, self.target.family.sample
         step = self._open(calls.named(target.model, args, kwargs), len(args))

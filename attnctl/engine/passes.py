@@ -62,7 +62,7 @@ class Passes:
         self.acting: Step | None = None
         self.watching: Watch | None = None
         self.branch: tuple[str, dict[str, Any], ExitStack] | None = None
-        self._probed: Step | None = None  # the step of the latest probe
+        self.latest: Step | None = None  # whose blocks may run again in a backward, under gradient checkpointing
         self._resting: ExitStack | None = None  # while controls themselves run; a denoiser they call is a plain one
         self._frozen = False  # while a control may differentiate what a probe recorded
 
@@ -77,7 +77,7 @@ class Passes:
         if self.watching is not None:
             return self.watching.step
         if self.acting is None and in_backward():  # a block of a probe runs again, under the user's own checkpointing
-            return self._probed
+            return self.latest
         return self.acting
 
     # --- the passes ---------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ class Passes:
             try:
                 yield
             finally:
-                self._resting, self._probed = before, None
+                self._resting, self.latest = before, None
 
     def _freeze(self) -> None:
         """Parameters ask for no gradients until the controls are done; checkpointed blocks run again in a backward."""
@@ -196,7 +196,7 @@ class Passes:
             with self._apart():
                 yield
         finally:
-            self.watching, self._probed = None, watch.step
+            self.watching, self.latest = None, watch.step
 
     @contextmanager
     def _acts(self, step: Step) -> Iterator[None]:
