@@ -8,6 +8,7 @@ from attnctl.maps.reader import TokenMaps
 
 from .astar import AStar
 from .binding import Binding
+from .couple import Couple
 from .excitation import Excitation
 from .perturb import Pag, Perturb, Seg, Slg, Tpg
 from .regions import Isolation, Regions
@@ -15,6 +16,6 @@ from .retention import Retention
 from .segregation import Segregation
 
 __all__ = [
-    "AStar", "Binding", "Control", "Excitation", "Isolation", "Pag", "Perturb", "Regions", "Retention", "Seg",
+    "AStar", "Binding", "Control", "Couple", "Excitation", "Isolation", "Pag", "Perturb", "Regions", "Retention", "Seg",
     "Segregation", "Slg", "TokenMaps", "Tpg",
 ]  # fmt: skip

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from attnctl.areas import on_grid
 from attnctl.engine.control import AttentionCall, Control, Lane, Proceed
 from attnctl.engine.run import Run, Step
 from attnctl.engine.sites import Selection, Site, select
@@ -31,16 +32,6 @@ from attnctl.regions import Region, named_regions
 Masks = tuple[tuple[str, Any], ...]  # (phrase, anything a Region is made of)
 
 # --- maths ------------------------------------------------------------------------------------------------------------
-
-
-def on_grid(region: Region, grid: tuple[int, int], picture: tuple[int, int]) -> Tensor:
-    """The cells of a grid that belong to a region, (height, width) bool: half of the cell or more lies inside.
-
-    A region that would vanish keeps the cells it covers most. So no region is ever empty.
-    """
-    covered = region.on(grid, picture)
-    inside = covered >= 0.5
-    return inside if inside.any() else covered >= covered.max()
 
 
 def constrained(

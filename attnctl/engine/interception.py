@@ -102,6 +102,8 @@ class Flow:
         self.turn.go_on()
         wiring, name = self.wiring, self.wiring.family.sample
         step = self._open(calls.named(wiring.model, args, kwargs), len(args))
+        if step.changed:
+            args, kwargs = calls.spread(step.arguments, len(args))
         if step.sample.edited is not None:
             fresh = calls.written(wiring.pipe, step.sample, step.arguments[name], step.timestep)
             args, kwargs = ((fresh, *args[1:]), kwargs) if args else ((), {**kwargs, name: fresh})
@@ -154,6 +156,8 @@ class Flow:
         with self._rest():
             for control in wiring.controls():
                 run.begin(control)
+            for control in wiring.controls():
+                step.change(control.inputs(step))
             if first:
                 for control in wiring.controls():
                     before = step.sample.edited
