@@ -13,8 +13,8 @@ projections, so LoRA, fused projections and quantised weights need no thought. A
 prompt is left out of a region's rows, as it would make the sequence longer for nothing; the rows of CLIP stay whole.
 
 Who sees whom at joint sites: a place of region r sees the text of r and all of the picture; the text of r sees itself
-and the places of r; the base text sees itself and all of the picture. Attention within the picture stays free, as isolating
-it draws pictures that do not belong together (`Isolation` closes it). Attention runs by row groups, without a mask.
+and the places of r; the base text sees itself and all of the picture. Attention within the picture stays free:
+isolating it draws pictures that do not belong together (`Isolation` closes it). There is no mask, see `row_groups`.
 The pooled embedding, where a model has one, stays that of the base prompt.
 """
 
@@ -37,7 +37,7 @@ from attnctl.maps.reader import check_window
 from attnctl.regions import Region
 from attnctl.words.phrases import TextStream, layout
 
-from .row_groups import Group, Part, RowGroups, joined
+from .row_groups import Group, Part, RowGroups, alike, joined
 
 # --- maths ------------------------------------------------------------------------------------------------------------
 
@@ -289,8 +289,10 @@ class Couple(Control):
             part = torch.cat([torch.ones_like(part[:1]), torch.zeros_like(part[1:])])
         part = mixed(part, self.bases)
         all_rows = [call.text.start + rows for rows in state.texts()]
-        halves = [(call.step.rows.uncond, state.negatives), (call.step.rows.cond, state.prompts)]
-        known: dict[str, list[tuple[slice, tuple[Group, ...]]]] = {}  # by what the groups depend on
+        halves: list[tuple[slice | None, Sequence[Tensor | None]]] = [
+            (call.step.rows.uncond, state.negatives), (call.step.rows.cond, state.prompts)
+        ]  # fmt: skip
+        parts = []
         for batch, sources in halves:
             if batch is None:
                 continue
@@ -298,12 +300,8 @@ class Couple(Control):
             texts = [all_rows[0], *(rows[:size] for rows, size in zip(all_rows[1:], lengths, strict=True))]
             owner = [number + 1 if own is not None else 0 for number, own in enumerate(sources)]
             unread = torch.cat([rows[size:] for rows, size in zip(all_rows[1:], lengths, strict=True)])
-            groups = coupled(part, texts, owner, call.image, size, unread)
-            known.setdefault(str(lengths), []).append((batch, groups))
-        found = sorted((pair for pairs in known.values() for pair in pairs), key=lambda pair: pair[0].start)
-        if len(known) == 1:  # all rows alike: one call for all
-            return RowGroups((Part(None, found[0][1]),), call.q.shape[2], call.k.shape[2])
-        return RowGroups(tuple(Part(batch, own) for batch, own in found), call.q.shape[2], call.k.shape[2])
+            parts.append(Part(batch, coupled(part, texts, owner, call.image, size, unread)))
+        return RowGroups(alike(parts, call.step.rows.total), call.q.shape[2], call.k.shape[2])
 
 
 def _regions(masks: Any) -> tuple[tuple[str, Region], ...]:

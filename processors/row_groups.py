@@ -173,6 +173,42 @@ def additive(bias: Tensor, like: Tensor) -> Tensor:
     return torch.zeros(bias.shape, dtype=like.dtype, device=bias.device).masked_fill_(~bias, -math.inf)
 
 
+def together(groups: Sequence[Group]) -> tuple[Group, ...]:
+    """The same groups, those with the same keys as one."""
+    found: dict[Any, list[Group]] = {}
+    for number, group in enumerate(groups):
+        own = None if group.bias is None else tuple(group.bias.tolist())
+        alike = (tuple(group.keys.tolist()), own) if group.weight is None else number
+        found.setdefault(alike, []).append(group)
+    return tuple(
+        Group(joined(*(one.rows for one in ones)), ones[0].keys, ones[0].weight, ones[0].bias)
+        for ones in found.values()
+    )
+
+
+def alike(parts: Sequence[Part], total: int) -> tuple[Part, ...]:
+    """Parts in the order of the batch; as one where every row of the batch, `total` of them, has the same groups."""
+
+    def same(one: Group, other: Group) -> bool:
+        pairs = ((one.rows, other.rows), (one.keys, other.keys), (one.weight, other.weight), (one.bias, other.bias))
+        return all(
+            (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs
+        )
+
+    found: list[Part] = []
+    for part in sorted(parts, key=lambda one: one.batch.start if one.batch else 0):
+        last = found[-1] if found else None
+        assert part.batch is not None
+        if last is not None and len(last.groups) == len(part.groups) and all(map(same, last.groups, part.groups)):
+            assert last.batch is not None
+            found[-1] = Part(slice(last.batch.start, part.batch.stop), last.groups)
+        else:
+            found.append(part)
+    if len(found) == 1 and found[0].batch == slice(0, total):
+        return (Part(None, found[0].groups),)
+    return tuple(found)
+
+
 def by_membership(masks: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """The cells of each kind, (masks,) bool and (n,) long: those that are in the same masks, of (masks, cells) bool."""
     kinds, which = masks.mT.unique(dim=0, return_inverse=True)

@@ -168,7 +168,7 @@ def test_biases_are_made_once_for_a_shape():
     control = Regions({"cat": LEFT})
     with attach(pipe, control, Spy()) as run:
         tiny.draw(pipe, steps=4)
-        assert len(run.run.state(control).biases) == 2  # two grids
+        assert len(run.run.state(control).made) == 2  # two grids
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
+from contract_table import close, differs
 
+from attnctl import attach
 from attnctl.errors import ControlError
+from attnctl.processors import Couple, Isolation, Regions
 from attnctl.processors.row_groups import Group, Part, RowGroups, by_membership
 
 
@@ -96,6 +100,27 @@ def test_a_row_or_a_group_without_anything_is_refused():
         RowGroups((Part(None, (Group(rows, keys[:0]),)),), 4, 6)
     with pytest.raises(ControlError, match="do not add up"):
         RowGroups((Part(None, (Group(rows, keys), Group(rows[:1], keys))),), 4, 6)
+
+
+LEFT, RIGHT, TOP = (0, 0, 0.5, 1), (0.5, 0, 1, 1), (0, 0, 1, 0.5)
+CONTROLS = {
+    "regions": lambda: Regions({"cat": LEFT, "dog": TOP}),
+    "closed alone": lambda: Regions({"cat": LEFT, "dog": TOP}, inside=0.0),
+    "isolation": lambda: Isolation({"one": LEFT, "other": TOP}, window=(0, 1)),
+    "couple": lambda: Couple({"a red dog": LEFT, "a blue cat": RIGHT}),
+}
+
+
+@pytest.mark.parametrize("family", tuple(tiny.FAMILIES))
+@pytest.mark.parametrize("name", tuple(CONTROLS))
+def test_pictures_by_groups_are_those_by_masks(family, name, monkeypatch):
+    pipe, prompts, drawn = tiny.FAMILIES[family](), ["a cat and a dog", "a dog and a red cat"], []
+    for groups in (True, False):
+        monkeypatch.setattr(RowGroups, "worth_it", lambda self, groups=groups: groups)
+        with attach(pipe, CONTROLS[name]()):
+            drawn.append(tiny.draw(pipe, prompts))
+    assert close(*drawn, 1e-4)
+    assert differs(drawn[0], tiny.draw(pipe, prompts))
 
 
 def test_a_mask_where_it_is_cheaper():
