@@ -77,11 +77,38 @@ class Placed:
     regions: tuple[Region, ...]
     tokens: list[list[list[int]]]  # image, phrase, text rows; empty where the image's prompt has no such phrase
     picture: tuple[int, int]
+    grids: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     made: dict[str, Tensor | RowGroups] = field(default_factory=dict)  # biases and row groups, by what they depend on
 
     def masks(self, grid: tuple[int, int], chosen: Sequence[int]) -> Tensor:
         """(regions, cells) bool."""
-        return torch.stack([on_grid(self.regions[number], grid, self.picture).flatten() for number in chosen])
+        if grid not in self.grids:
+            self.grids[grid] = torch.stack([on_grid(region, grid, self.picture).flatten() for region in self.regions])
+        return self.grids[grid][list(chosen)]
+
+
+def placed_phrases(run: Run, masks: Masks) -> Placed:
+    """The regions of phrases in a run.
+
+    Raises:
+        PhraseError: no prompt has a phrase, or an image has none of them.
+    """
+    found: list[list[list[int]]] = []
+    trouble: dict[str, PhraseError] = {}
+    for image in range(run.images):
+        found.append([])
+        for phrase, _ in masks:
+            try:
+                found[-1].append(run.tokens(phrase, image))
+            except PhraseError as error:
+                trouble.setdefault(phrase, error)
+                found[-1].append([])
+        if not any(found[-1]):
+            raise next(iter(trouble.values()))
+    for number, (phrase, _) in enumerate(masks):
+        if not any(image[number] for image in found):
+            raise trouble[phrase]
+    return Placed(tuple(region for _, region in masks), found, run.picture)
 
 
 def open_in(step: Step, window: tuple[float, float]) -> bool:
@@ -136,22 +163,7 @@ class Regions(Control):
         return with_text(available, self.where)
 
     def begin(self, run: Run) -> Placed:
-        found: list[list[list[int]]] = []
-        trouble: dict[str, PhraseError] = {}
-        for image in range(run.images):
-            found.append([])
-            for phrase in self.phrases:
-                try:
-                    found[-1].append(run.tokens(phrase, image))
-                except PhraseError as error:
-                    trouble.setdefault(phrase, error)
-                    found[-1].append([])
-            if not any(found[-1]):
-                raise next(iter(trouble.values()))
-        for number, phrase in enumerate(self.phrases):
-            if not any(image[number] for image in found):
-                raise trouble[phrase]
-        return Placed(tuple(region for _, region in self.masks), found, run.picture)
+        return placed_phrases(run, self.masks)
 
     def attend(self, call: AttentionCall, proceed: Proceed) -> Tensor:
         if not open_in(call.step, self.window) or not (self.strength or self.inside):

@@ -21,6 +21,7 @@ from attnctl.processors import (
     AStar,
     Binding,
     Couple,
+    DenseRegions,
     Excitation,
     Isolation,
     Pag,
@@ -97,6 +98,10 @@ CASES = {
         lambda: Isolation({"one": LEFT, "other": (0.5, 0, 1, 1)}, window=(0, 1)),
         lambda: Isolation({"one": (0, 0, 1, 1), "other": (0, 0, 1, 1)}),
         families=("sd1", "sdxl", "sd3", "sd35", "flux"),
+    ),
+    "dense": Case(
+        lambda: DenseRegions({"cat": LEFT, "dog": (0.5, 0, 1, 1)}, window=(0, 1)),
+        lambda: DenseRegions({"cat": LEFT}, strength=0.0, self_strength=0.0),
     ),
     "couple": Case(
         lambda: Couple({"a red dog": LEFT, "a blue cat": (0.5, 0, 1, 1)}, base=0.1, negatives={"a red dog": "and"}),
