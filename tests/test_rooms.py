@@ -19,6 +19,7 @@ ROOMS = (  # from the bottom; a room may import those before it, and itself
     "engine",
     "words",
     "regions",
+    "areas",
     "maps",
     "processors",
     "pipelines",

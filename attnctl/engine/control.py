@@ -7,10 +7,10 @@ Controls are frozen dataclasses of settings. Whatever changes while a picture is
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,18 @@ class Lane(enum.Enum):
     GRADIENT = "gradient"  # reads sites in an extra forward with gradients, `Step.probe`
 
 
+class Groups(Protocol):
+    """Which rows see which keys, without a mask; see `attnctl.processors.row_groups.RowGroups`."""
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None, kernel: Callable[..., Tensor]
+    ) -> Tensor:
+        """Attention in which each row sees its own keys only, with `bias` on top."""
+
+    def dense(self, batch: int, like: Tensor) -> Tensor:
+        """The same as a bias, (batch or 1, 1, queries, keys) in the dtype and on the device of `like`."""
+
+
 @dataclass
 class AttentionCall:
     """One attention call of one site, in canonical layout. `replace` makes an edited copy to hand to `proceed`.
@@ -47,6 +59,8 @@ class AttentionCall:
         grid: (height, width) of the image queries.
         text: slice over keys that are text tokens; empty at self sites.
         image: slice over queries that are image; at self and joint sites it selects the same rows among the keys.
+        groups: None, or which rows see which keys, on top of the bias. Only controls of the lanes BIAS and QKV get to
+            see it; all others find it in the bias.
     """
 
     q: Tensor
@@ -60,6 +74,7 @@ class AttentionCall:
     grid: tuple[int, int]
     text: slice
     image: slice
+    groups: Groups | None = None
 
     def replace(self, **changes: Any) -> AttentionCall:
         """A copy with some fields changed; the original is left alone."""
@@ -78,6 +93,18 @@ class AttentionCall:
             closed = torch.zeros_like(self.bias, dtype=self.q.dtype).masked_fill_(~self.bias, float("-inf"))
             return self.replace(bias=closed + extra)
         return self.replace(bias=self.bias + extra)
+
+    def add_groups(self, groups: Groups) -> AttentionCall:
+        """A copy whose rows see only what these groups, the bias and the groups that are there let them see."""
+        if self.groups is None:
+            return self.replace(groups=groups)
+        return self.add_bias(groups.dense(self.q.shape[0], self.q))
+
+    def dense(self) -> AttentionCall:
+        """The same call without groups: what they say is in the bias."""
+        if self.groups is None:
+            return self
+        return self.replace(groups=None).add_bias(self.groups.dense(self.q.shape[0], self.q))
 
 
 Proceed = Callable[[AttentionCall], Tensor]
@@ -116,6 +143,14 @@ class Control:
             (batch, heads, queries, head_dim).
         """
         return proceed(call)
+
+    def inputs(self, step: Step) -> Mapping[str, Any]:
+        """Called before each denoiser call, unconditional and further ones too.
+
+        Returns:
+            Arguments to use instead of the pipeline's, by name. Not the latents: those are `step.latents`.
+        """
+        return {}
 
     def before_denoise(self, step: Step) -> None:
         """Called before each conditional denoiser forward. May assign `step.latents` and call `step.probe`."""
@@ -156,10 +191,16 @@ def run_chain(
 
     def proceed(position: int, call: AttentionCall) -> Tensor:
         if see is not None and (position == len(chain) or chain[position].lane is Lane.PROBS):
-            see(call)
+            see(call.dense())
         if position == len(chain):
+            if call.groups is not None:
+                return call.groups.attend(call.q, call.k, call.v, call.bias, call.scale, kernel)
             return kernel(call.q, call.k, call.v, call.bias, call.scale)
-        return chain[position].attend(call, partial(proceed, position + 1))
+        control = chain[position]
+        if call.groups is None or control.lane in (Lane.BIAS, Lane.QKV):
+            return control.attend(call, partial(proceed, position + 1))
+        shown = call.dense()  # it may read the bias; if it hands on what it was shown, the groups stay groups
+        return control.attend(shown, lambda edited: proceed(position + 1, call if edited is shown else edited))
 
     out = proceed(0, call)
     expected = (*call.q.shape[:-1], call.v.shape[-1])

@@ -114,6 +114,8 @@ class Interception:
         self.guard.go_on()
         target, name = self.target, self.target.family.sample
         step = self._open(calls.named(target.model, args, kwargs), len(args))
+        if step.changed:
+            args, kwargs = calls.spread(step.arguments, len(args))
         if step.sample.edited is not None:
             fresh = written(target.pipe, step.sample, step.arguments[name], step.timestep)
             args, kwargs = ((fresh, *args[1:]), kwargs) if args else ((), {**kwargs, name: fresh})
@@ -162,6 +164,8 @@ class Interception:
         with self.passes.rest():
             for control in target.controls():
                 run.begin(control)
+            for control in target.controls():
+                step.change(control.inputs(step))
             if first:
                 for control in target.controls():
                     before = step.sample.edited

@@ -179,6 +179,7 @@ class Step:
     text_rows: int | None = None
     images: tuple[int, ...] = ()
     pass_name: str = "main"
+    changed: bool = False  # whether controls gave other arguments than the pipeline
     positional: int = 0  # so many of the arguments were given without their names
     prediction: Tensor | None = None
     term: Tensor | None = None  # of guidance, see `guide`
@@ -228,6 +229,13 @@ class Step:
                 checkpointing.
         """
         self.passes.probe(self, latents, watch, images, checkpoint, bfloat16)
+
+    def change(self, inputs: Mapping[str, Any]) -> None:
+        """Use these arguments in this denoiser call and in all further passes of the step."""
+        if inputs:
+            self.arguments = self.arguments | dict(inputs)
+            text = self.arguments.get("encoder_hidden_states")
+            self.text_rows, self.changed = text.shape[1] if isinstance(text, Tensor) else None, True
 
     def share(self, site: str) -> None:
         """Announce, in `before_denoise`, a `forward` that is the same as the pipeline's own before this module.
