@@ -27,9 +27,7 @@ def inputs(pipe, prompts, size=(16, 24), seed=0):
 
 
 def key_gradients(unet):
-    return {
-        name: p.grad.clone() for name, p in unet.named_parameters() if "attn2.to_k" in name and p.grad is not None
-    }
+    return {name: p.grad.clone() for name, p in unet.named_parameters() if "attn2.to_k" in name and p.grad is not None}
 
 
 CHANGING = [
@@ -222,5 +220,5 @@ def test_every_row_is_conditional():
     pipe, seen = tiny.sd1(), Seen()
     with attach(pipe, seen) as attached, attached.batch(["a cat"] * 3):
         pipe.unet(*inputs(pipe, ["a cat"] * 3))
-    (rows, images), = seen.rows
+    ((rows, images),) = seen.rows
     assert rows.cond == slice(0, 3) and rows.uncond is None and images == (0, 1, 2)

@@ -1,7 +1,7 @@
 """Training batches: forwards of the denoiser in a loop of one's own, in which controls act and nothing is sampled.
 
-A pipeline call tells which rows are conditional, what they say and where in the schedule they are. A training loop tells
-only its captions; so every row is conditional, has a caption of its own, and the scheduler is never read.
+A pipeline call tells which rows are conditional, what they say and where in the schedule they are. A training loop
+tells only its captions; so every row is conditional, has a caption of its own, and the scheduler is never read.
 """
 
 from __future__ import annotations
@@ -75,9 +75,7 @@ def batch(attachment: Attachment, texts: dict[str, Sequence[str]], max_sequence_
 
 def _steps(kind: type[Control]) -> bool:
     """Whether controls of this kind do something around a denoising step."""
-    return any(
-        getattr(kind, name) is not getattr(Control, name) for name in ("before_denoise", "after_denoise")
-    )
+    return any(getattr(kind, name) is not getattr(Control, name) for name in ("before_denoise", "after_denoise"))
 
 
 def forward(flow: Flow, block: Batch, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
