@@ -12,7 +12,7 @@ from attnctl import attach
 from attnctl.engine.control import Control
 from attnctl.errors import ControlError, PhraseError
 from attnctl.maps.live import LiveMaps
-from attnctl.maps.reader import TokenMaps
+from attnctl.maps.recorder import TokenMaps
 from attnctl.processors.regions import Regions
 from attnctl.processors.segregation import Segregation
 

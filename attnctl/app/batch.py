@@ -155,7 +155,7 @@ def draw(
 
 
 def _threads(model: str, own: int) -> int:
-    from attnctl.app.loading import embedded
+    from attnctl.loading import embedded
 
     return 1 if model in embedded() else own  # as `attnctl generate` does
 

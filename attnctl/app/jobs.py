@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from attnctl.app.asked import control_of, with_phrases, without_files
 from attnctl.app.limits import JOBS, LARGEST, STEPS
-from attnctl.app.loading import check_name
 from attnctl.errors import AttnctlError, instead, short
+from attnctl.loading import check_name
 
 _AXES = ("product", "zip")
 

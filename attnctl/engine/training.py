@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from attnctl.engine import calls
-from attnctl.engine.control import Control, Rows
-from attnctl.engine.run import Run, Sample, Step
+from attnctl.engine.control import Control
+from attnctl.engine.interception import Interception
+from attnctl.engine.latents import Sample
+from attnctl.engine.run import Rows, Run, Step
 from attnctl.errors import ControlError
-
-if TYPE_CHECKING:
-    from attnctl.engine.attachment import Attachment
-    from attnctl.engine.interception import Flow
 
 
 class Batch:
@@ -47,30 +46,27 @@ class Batch:
 
 
 @contextmanager
-def batch(attachment: Attachment, texts: dict[str, Sequence[str]], max_sequence_length: int | None) -> Iterator[Batch]:
+def batch(flow: Interception, texts: dict[str, Sequence[str]], max_sequence_length: int | None) -> Iterator[Batch]:
     """See `Attachment.batch`."""
-    wiring = attachment._wiring
-    if wiring is None:
-        raise ControlError("the attachment is released; attach again")
-    flow = wiring.flow
     if flow.training is not None:
         raise ControlError("a training batch is open already; leave its block first")
     for name, each in texts.items():
         if isinstance(each, str) or not each or len(each) != len(texts["prompt"]):
             raise ControlError(f"a training batch has one {name} for each row, in a list; not {each!r}")
-    for control in wiring.controls():
+    for control in flow.target.controls():
         if _steps(type(control)):
             raise ControlError(f"{type(control).__name__} acts on the steps of a sampler; a training batch has none")
-    flow.turn.begin(at_work=flow.acting is not None or flow.resting is not None)
+    flow.guard.begin(at_work=flow.passes.acting is not None or flow.passes.resting)
     flow.finish()
-    wiring.refresh()
-    wiring.reseat()
-    block = flow.training = Batch({name: list(each) for name, each in texts.items()}, max_sequence_length)
+    flow.installed.refresh()
+    flow.installed.reseat()
+    block = Batch({name: list(each) for name, each in texts.items()}, max_sequence_length)
+    flow.training = partial(forward, flow, block)
     try:
         yield block
     finally:
         flow.training = None
-        flow.turn.done()
+        flow.guard.done()
 
 
 def _steps(kind: type[Control]) -> bool:
@@ -78,19 +74,19 @@ def _steps(kind: type[Control]) -> bool:
     return any(getattr(kind, name) is not getattr(Control, name) for name in ("before_denoise", "after_denoise"))
 
 
-def forward(flow: Flow, block: Batch, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def forward(flow: Interception, block: Batch, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """One forward of the denoiser inside a batch."""
-    wiring, family = flow.wiring, flow.wiring.family
-    arguments = calls.named(wiring.model, args, kwargs)
+    target, family = flow.target, flow.target.family
+    arguments = calls.named(target.model, args, kwargs)
     raw, text = arguments[family.sample], arguments.get("encoder_hidden_states")
     count = len(block.prompts)
     if raw.shape[0] != count:
         raise ControlError(f"the denoiser was called with {raw.shape[0]} rows in a batch of {count} prompts")
-    size = family.latent_size(wiring.model, raw, arguments)
+    size = family.latent_size(target.model, raw, arguments)
     if block.run is None:
         block.run = Run(
             family=family,
-            pipe=wiring.pipe,
+            pipe=target.pipe,
             images=count,
             guided=False,
             latent_size=size,
@@ -109,20 +105,20 @@ def forward(flow: Flow, block: Batch, original: Callable[..., Any], args: Any, k
         scale=1.0,
         sigma=None,
         fraction=0.0,
-        sample=Sample(raw, slice(0, count), family.latent_channels(wiring.model), family.channels, 1.0),
-        wiring=wiring,
+        sample=Sample(raw, slice(0, count), family.latent_channels(target.model), family.channel_dim, 1.0),
+        passes=flow.passes,
         arguments=arguments,
         text_rows=text.shape[1] if isinstance(text, Tensor) else None,
         positional=len(args),
         images=tuple(range(count)),
     )
-    with flow._rest():
-        for attachment in wiring.attachments:
+    with flow.passes.rest():
+        for attachment in target.attachments:
             attachment.latest = run
-        for control in wiring.controls():
+        for control in flow.target.controls():
             run.begin(control)
     run.calls += 1
-    with flow.again(step):
+    with flow.passes.again(step):
         output = original(*args, **kwargs)
-    flow.probed = step  # blocks under gradient checkpointing run again in the backward, as parts of this step
+    flow.passes.latest = step  # blocks under gradient checkpointing run again in the backward, as parts of this step
     return output

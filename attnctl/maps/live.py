@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from attnctl.engine.control import AttentionCall, Control, Lane, Proceed
-from attnctl.engine.probe import in_backward
+from attnctl.engine.model_state import in_backward
 from attnctl.engine.run import Run
-from attnctl.engine.sites import Selection, Site
+from attnctl.engine.sites import Selection, Site, with_text
 from attnctl.errors import ControlError, PhraseError, of_image
 from attnctl.maps.probabilities import call_maps
-from attnctl.maps.reader import check_rows, join_grids, with_text
+from attnctl.maps.reader import check_rows, join_grids
 from attnctl.words.phrases import positions, streams
 
 Grid = tuple[int, int]
