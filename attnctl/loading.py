@@ -13,6 +13,7 @@ from logging import LogRecord, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attnctl.concepts import base_of, read_learnt
 from attnctl.errors import AttnctlError
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ def load(
 ) -> "DiffusionPipeline":
     """A diffusers pipeline: `model` is an embedded name, a folder saved by `save_pretrained`, or a hub id.
 
+    A folder that `attnctl personalize` wrote is the model that learnt, with the new words and what goes with them.
+
     `dtype` is a torch dtype or one of "float32" (the default), "float16", "bfloat16". Without a `device` the pipeline
     stays on the CPU. `options` go to `DiffusionPipeline.from_pretrained` as they are.
     """
@@ -63,6 +66,10 @@ def load(
         device = usable_device(device)
 
     folder = _folder(model)
+    if folder is not None and (base := base_of(folder)) is not None:
+        pipe = load(base, device=device, **options)
+        read_learnt(folder).add_to(pipe)
+        return pipe
     if folder is not None:
         check_folder(folder)
         options["local_files_only"] = True
@@ -74,6 +81,21 @@ def load(
         except Exception as error:  # what a hub client or a weight loader raises is not a closed set
             raise ModelError(_why(model, folder, error)) from error
     return pipe if device is None else pipe.to(device)
+
+
+def usual(model: str | Path) -> dict[str, Any]:
+    """Settings that suit a model better than its pipeline's defaults; of concepts, those of the model that learnt."""
+    name = str(model)
+    if name in USUAL or not Path(name).is_dir():
+        return USUAL.get(name, {})
+    base = base_of(name)
+    return {} if base is None or base == name else usual(base)
+
+
+def written(model: str | Path) -> str:
+    """A model's name as it is good from any folder."""
+    folder = _folder(model)
+    return str(model) if folder is None or str(model) in embedded() else str(folder.resolve())
 
 
 def load_autoencoder(folder: Path) -> "AutoencoderKL":

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from attnctl.engine.families import family_of
+from attnctl.concepts import Concept, Learnt
+from attnctl.engine.families.registry import family_of
 from attnctl.errors import ControlError, UnsupportedPipelineError
-from attnctl.pipelines.personalize.concepts import Concept, Encoders, caption, read_concepts
-from attnctl.pipelines.personalize.files import Learnt, learnt_of
+from attnctl.pipelines.personalize.concepts import Encoders, caption, read_concepts
+from attnctl.pipelines.personalize.files import learnt_of
 from attnctl.pipelines.personalize.settings import Settings, settings_of
 from attnctl.pipelines.personalize.trainer import Examples, Progress, Trainer
 from attnctl.pipelines.personalize.views import make_views, pixels, squared

@@ -8,10 +8,11 @@ import tiny
 import torch
 from PIL import Image
 
+from attnctl.concepts import Concept, read_learnt
 from attnctl.errors import AttnctlError, ControlError, UnsupportedPipelineError
 from attnctl.pipelines import Personalizer
-from attnctl.pipelines.personalize.concepts import Concept, caption, read_concepts
-from attnctl.pipelines.personalize.files import factored, read_learnt
+from attnctl.pipelines.personalize.concepts import caption, read_concepts
+from attnctl.pipelines.personalize.files import factored
 from attnctl.pipelines.personalize.settings import PRESETS, settings_of
 from attnctl.pipelines.personalize.trainer import snr_weight
 from attnctl.pipelines.personalize.views import View, make_views, squared
@@ -303,3 +304,47 @@ def test_small_views_count_for_what_they_show_and_say_so():
     view = View(place=(0.25, 0.25, 0.75, 0.75))
     valid = view.valid(64)
     assert valid.sum() == 30 * 30 and valid[17:47, 17:47].all()
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny.sd1().save_pretrained(folder)
+    return folder
+
+
+def test_a_folder_of_concepts_is_a_model(command, picture, folder, tmp_path):
+    """Learn, then draw with what was learnt, from the command line alone."""
+    picture.save(tmp_path / "mine.png")
+    few = [word for name, value in FEW.items() for word in ("--set", f"{name}={value}")]
+    words = ["personalize", "mine.png", "--concepts", "cat, dog", "--model", folder, "--out", "mine", *few]
+    code, out, err = command(*words, "--sample", "a <v1> cat and a red car")
+    assert code == 0 and err == [] and out[0].startswith("3 steps; in the last one: denoise ")
+    assert out[-1] == "mine/sample.png" and all((tmp_path / path).is_file() for path in out[1:])
+    code, out, err = command("generate", PROMPT, "--model", "mine", "--steps", "2", "--maps")
+    assert code == 0 and len(out) == 2
+    assert command("reproduce", out[0])[1] == ["bit-identical"]
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["none.png", "--concepts", "cat, dog"], "cannot read none.png: there is no such file"),
+        (["broken.png", "--concepts", "cat, dog"], "cannot read broken.png: it is not a whole picture"),
+        (["mine.png", "--concepts", "cat,"], "concept 2 has no class noun"),
+        (["mine.png", "--concepts", "cat", "--preset", "best"], "there is no preset 'best'"),
+        (["mine.png", "--concepts", "cat", "--set", "stps=3"], "did you mean steps"),
+        (["mine.png", "--concepts", "cat", "--set", "steps"], "write it as name=value"),
+        (["mine.png", "--concepts", "cat", "--set", "steps=many"], "steps is a whole number"),
+        (["mine.png", "--concepts", "cat", "--model", "nothing"], "unknown model 'nothing'"),
+    ],
+)
+def test_the_command_refuses_in_one_line_before_it_trains(command, picture, tmp_path, words, told):
+    picture.save(tmp_path / "mine.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    code, out, err = command("personalize", *words, "--out", "mine")
+    assert code == 2 and out == [] and len(err) == 1 and told in err[0]
+    assert not (tmp_path / "mine").exists()

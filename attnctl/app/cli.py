@@ -25,8 +25,9 @@ from attnctl.app.asked import (
     with_phrases,
     without_files,
 )
-from attnctl.app.command import UsageError, check_writable, plain, run, tell
+from attnctl.app.command import DEVICE_HELP, MODEL_HELP, UsageError, check_writable, plain, run, tell
 from attnctl.app.limits import LARGEST, STEPS, THREADS
+from attnctl.app.personalize_command import personalize
 from attnctl.errors import short
 
 if TYPE_CHECKING:
@@ -47,8 +48,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-MODEL_HELP = "An embedded model, a folder written by save_pretrained, or a hub id."
-DEVICE_HELP = "cpu, cuda, cuda:1, ...; default: cuda if there is one, else cpu."
 DTYPE_HELP = "float32, float16 or bfloat16."
 
 
@@ -319,43 +318,7 @@ def batch(
     batch_command.run(file, out, dry_run, retry_failed, report, schema, device, dtype, threads)
 
 
-# --- personalize ------------------------------------------------------------------------------------------------------
-
-
-@app.command(no_args_is_help=True)
-def personalize(
-    picture: Annotated[Path, typer.Argument(help="One picture with all the things in it.", show_default=False)],
-    concepts: Annotated[
-        str,
-        typer.Option(
-            help="The things by their class nouns, with commas: 'cat, car'. Their words are <v1>, <v2>, ..., or your "
-            "own: '<rex>=dog, <kit>=cat'.",
-            show_default=False,
-        ),
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the files; made if need be.")] = Path("concepts"),
-    model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)] = "glyph-sd",
-    preset: Annotated[
-        str | None,
-        typer.Option(help="ours (found on glyph-sd) or paper (DisenDiff's); default: paper but for embedded models."),
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting, as name=value; may be given several times.")
-    ] = None,
-    sample: Annotated[str | None, typer.Option(help="One more prompt to draw at the end.")] = None,
-    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of the processor; default: as for generate.")] = None,
-) -> None:
-    """Learn several new things from one picture without mixing them, and draw with them (DisenDiff).
-
-    - attnctl personalize mine.png --concepts 'cat, car' --out mine
-    - attnctl personalize mine.png --concepts '<rex>=dog, <kit>=cat' --model ./my-sd15 --set steps=300
-
-    Writes a LoRA and an embedding for each word, which stock diffusers loads, and a sheet of samples.
-    """
-    from attnctl.app import personalize_command
-
-    personalize_command.run(picture, concepts, out, model, preset, set_ or [], sample, device, threads)
+app.command(no_args_is_help=True)(personalize)
 
 
 # --- reproduce, judge, controls, sites --------------------------------------------------------------------------------

@@ -3,36 +3,56 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from attnctl.app.command import UsageError, check_writable, plain, tell
+import typer
+
+from attnctl.app.command import DEVICE_HELP, MODEL_HELP, UsageError, check_writable, plain, tell
 from attnctl.errors import instead, short
 
 if TYPE_CHECKING:
     from PIL import Image
     from rich.progress import Progress as Bars
 
-    from attnctl.pipelines.personalize.files import Learnt
+    from attnctl.concepts import Learnt
     from attnctl.pipelines.personalize.trainer import Progress
 
 SAMPLES = 4  # pictures of each prompt on the sheet
 
 
-def run(
-    picture: Path,
-    concepts: str,
-    out: Path,
-    model: str,
-    preset: str | None,
-    changes: list[str],
-    sample: str | None,
-    device: str | None,
-    threads: int | None,
+def personalize(
+    picture: Annotated[Path, typer.Argument(help="One picture with all the things in it.", show_default=False)],
+    concepts: Annotated[
+        str,
+        typer.Option(
+            help="The things by their class nouns, with commas: 'cat, car'. Their words are <v1>, <v2>, ..., or your "
+            "own: '<rex>=dog, <kit>=cat'.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the files; made if need be.")] = Path("concepts"),
+    model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)] = "glyph-sd",
+    preset: Annotated[
+        str | None,
+        typer.Option(help="ours (found on glyph-sd) or paper (DisenDiff's); default: paper but for embedded models."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting, as name=value; may be given several times.")
+    ] = None,
+    sample: Annotated[str | None, typer.Option(help="One more prompt to draw at the end.")] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the processor; default: as for generate.")] = None,
 ) -> None:
-    """See `attnctl personalize`."""
-    from attnctl.app import loading
+    """Learn several new things from one picture without mixing them, and draw with them (DisenDiff).
+
+    - attnctl personalize mine.png --concepts 'cat, car' --out mine
+    - attnctl personalize mine.png --concepts '<rex>=dog, <kit>=cat' --model ./my-sd15 --set steps=300
+
+    Writes a LoRA and an embedding for each word, which stock diffusers loads, and a sheet of samples.
+    """
+    from attnctl import loading
     from attnctl.app.asked import open_model
     from attnctl.app.bars import bars, paused
     from attnctl.app.recipe import open_picture
@@ -41,7 +61,7 @@ def run(
 
     small = model in loading.embedded()
     chosen = preset or ("ours" if small else "paper")
-    asked = settings_in(changes)
+    asked = settings_in(set_ or [])
     settings_of(chosen, **asked)  # a wrong one fails before anything is loaded
     read_concepts(concepts)
     source = open_picture(picture)
@@ -54,11 +74,11 @@ def run(
         personalizer = Personalizer(pipe, concepts, chosen, **asked)
         shown = Shown(bar)
         learnt = personalizer.learn(source, shown.step, shown.stage)
-        folder = learnt.save(out)
+        folder = replace(learnt, base=loading.written(model)).save(out)
         with paused(bar):
             for line in shown.warnings(learnt):
                 tell(line)
-        sheet = sample_sheet(pipe, learnt, sample, source, personalizer.side, loading.USUAL.get(model, {}), bar)
+        sheet = sample_sheet(pipe, learnt, sample, source, personalizer.side, loading.usual(model), bar)
         path = folder / "sample.png"
         sheet.save(path)
         with paused(bar):

@@ -11,29 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnctl.concepts import Concept
 from attnctl.errors import ControlError, PhraseError, UnsupportedPipelineError
 from attnctl.pipelines.personalize.settings import Settings
 
 WORD = re.compile(r"<[A-Za-z0-9_-]+>")
 RARE = ("ktn</w>", "pll</w>", "ucd</w>", "ktn", "pll", "ucd")
-
-
-@dataclass(frozen=True)
-class Concept:
-    """One thing to learn.
-
-    Attributes:
-        word: the new word, such as "<v1>".
-        noun: what kind of thing it is, one or more words the model knows; it follows the new word in prompts.
-    """
-
-    word: str
-    noun: str
-
-    @property
-    def phrase(self) -> str:
-        """As prompts say it: "<v1> cat"."""
-        return f"{self.word} {self.noun}"
 
 
 def read_concepts(text: str | Iterable[str | Concept]) -> tuple[Concept, ...]:

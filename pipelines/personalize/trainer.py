@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnctl.concepts import Concept
 from attnctl.engine.attachment import attach
 from attnctl.engine.control import AttentionCall, Control, Lane, Proceed
-from attnctl.engine.sites import Site, discover, select
+from attnctl.engine.families.registry import discover
+from attnctl.engine.sites import Site, select
 from attnctl.errors import ControlError
 from attnctl.maps.live import LiveMaps
-from attnctl.pipelines.personalize.concepts import Concept, Encoders
+from attnctl.pipelines.personalize.concepts import Encoders
 from attnctl.pipelines.personalize.settings import Settings
 
 ATTENTION_GRID = 16  # cells along one side: where the papers read maps
