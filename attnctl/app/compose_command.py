@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from attnctl.app.asked import open_model, slug
-from attnctl.app.command import UsageError, check_writable, plain, tell
+from attnctl.app.command import DEVICE_HELP, MODEL_HELP, UsageError, check_writable, plain, tell
 from attnctl.app.limits import LARGEST, THREADS
 
 if TYPE_CHECKING:
@@ -46,9 +46,7 @@ def compose(
         list[str] | None,
         typer.Option("--set", "-s", help="A setting of the preset, as start=0; several times. --set help lists them."),
     ] = None,
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="An embedded model, a folder written by save_pretrained, or a hub id.")
-    ] = "glyph-sd",
+    model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)] = "glyph-sd",
     negative: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise, for presets that draw some.")] = 0,
     size: Annotated[
@@ -58,7 +56,7 @@ def compose(
         bool, typer.Option("--check/--no-check", help="Tell what the inversion loses; costs as much as an inversion.")
     ] = True,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures; made if need be.")] = Path("out"),
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda if there is one, else cpu.")] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     threads: Annotated[
         int | None, typer.Option(min=1, max=THREADS, help="Threads of the processor; default: as for generate.")
