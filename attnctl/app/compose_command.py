@@ -11,7 +11,7 @@ from attnctl.app.command import DEVICE_HELP, MODEL_HELP, UsageError, check_writa
 from attnctl.app.limits import LARGEST, THREADS
 
 if TYPE_CHECKING:
-    from attnctl.pipelines.compose import Composed
+    from attnctl.pipelines.compositions import Composed, Composition
 
 
 def compose(
@@ -32,7 +32,10 @@ def compose(
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", help="Names the background's things and the object.", show_default=False)
     ],
-    mask: Annotated[Path | None, typer.Option(help="The object in its picture: white, or what was painted.")] = None,
+    mask: Annotated[
+        str | None,
+        typer.Option(help="The object in its picture: a file, white or painted; or 'words', where the model sees it."),
+    ] = None,
     words: Annotated[
         str | None,
         typer.Option(help="Phrases of the prompt that mean the object, with commas; default: the last thing it names."),
@@ -55,6 +58,9 @@ def compose(
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Tell what the inversion loses; costs as much as an inversion.")
     ] = True,
+    full: Annotated[
+        bool, typer.Option("--full", help="Also write the background in its own size, with the drawn box in it.")
+    ] = False,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures; made if need be.")] = Path("out"),
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
@@ -79,7 +85,8 @@ def compose(
     from attnctl import loading
     from attnctl.app.bars import bars, paused
     from attnctl.app.drawing import steps_shown
-    from attnctl.pipelines.compose import Composition, PrimeComposer
+    from attnctl.pipelines.compose import PrimeComposer
+    from attnctl.pipelines.compositions import Composition
 
     asked = Composition(background, thing, where, prompt, mask, phrases(words), phrases(others), seed)
     if threads is None and model in loading.embedded():
@@ -93,7 +100,7 @@ def compose(
         with paused(bar):
             if words is None:
                 tell(f"the object is {', '.join(map(repr, made.words))}: the last thing that the prompt names")
-            print(*told(made), *map(plain, save(made, prompt, seed, out, preset, changes)), sep="\n", flush=True)
+            print(*told(made), *map(plain, save(made, asked, out, preset, changes, full)), sep="\n", flush=True)
 
 
 def settings(given: list[str]) -> dict[str, Any]:
@@ -161,19 +168,24 @@ def told(made: "Composed") -> list[str]:
     return lines
 
 
-def save(made: "Composed", prompt: str, seed: int, out: Path, preset: str, changes: dict[str, Any]) -> list[Path]:
+def save(
+    made: "Composed", asked: "Composition", out: Path, preset: str, changes: dict[str, Any], full: bool
+) -> list[Path]:
     """Write the picture, the sheet and the report; returns their paths."""
     from attnctl.sheets import grid
 
-    stem = f"{slug(prompt)}-{seed}"
+    stem = f"{slug(asked.prompt)}-{asked.seed}"
     cells = (("background", made.background), ("pasted", made.pasted), ("composed", made.picture))
-    report = {"prompt": prompt, "preset": preset, "settings": changes, "seed": seed} | made.to_dict()
-    paths = [out / f"{stem}-{name}" for name in ("report.json", "sheet.png", "composed.png")]
+    report = {"prompt": asked.prompt, "preset": preset, "settings": changes, "seed": asked.seed} | made.to_dict()
+    names = ("report.json", "sheet.png", "composed.png", *(["full.png"] * full))
+    paths = [out / f"{stem}-{name}" for name in names]
     try:
         out.mkdir(parents=True, exist_ok=True)
         paths[0].write_text(json.dumps(report, indent=1), encoding="utf-8")
         grid([cells]).save(paths[1])
         made.picture.save(paths[2])
+        if full:
+            made.onto(asked.background).save(paths[3])
     except OSError as error:
         raise UsageError(f"cannot write into {out}: {error.strerror or error}") from error
     return paths
