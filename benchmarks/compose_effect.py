@@ -11,6 +11,7 @@ background. object, thing: how often the judge sees the (known) object and the b
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 import typer
 from compose_cases import PAIRS, Pair, composition, psnr
 from PIL import Image, ImageFilter
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -121,7 +123,9 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def show(table: dict[str, dict[str, Any]], console: Console) -> None:
-    shown = Table("condition", *("outside", *KINDS, "rim"), "object", "thing", "extra", "s")
+    shown = Table(box=SIMPLE_HEAD)
+    for heading in ("condition", "outside", *KINDS, "rim", "object", "thing", "extra", "s"):
+        shown.add_column(heading, no_wrap=True)
     for name, row in table.items():
         cells = [f"{row[one]:.1f}" if one in row else "" for one in ("outside", *KINDS, "rim")]
         counts = ["{}/{}".format(*row[one]) for one in ("object", "thing")]
@@ -146,7 +150,7 @@ def main(
         raise typer.BadParameter(f"no condition {unknown[0]!r}; there are {', '.join([*SCRATCH, *METHODS])}")
     command.check_writable(out)
     torch.set_num_threads(1)
-    pipe, eye, console = attnctl.load("glyph-sd"), judge.load(), Console()
+    pipe, eye, console = attnctl.load("glyph-sd"), judge.load(), Console(width=None if sys.stdout.isatty() else 120)
     pipe.set_progress_bar_config(disable=True)
     pairs = [pair for _ in range(seeds) for pair in PAIRS[:compositions]]
     asked = [composition(PAIRS[n], n, seed) for seed in range(seeds) for n in range(compositions)]

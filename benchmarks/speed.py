@@ -3,6 +3,7 @@
     python benchmarks/speed.py attach maps
 
 attach: an attachment without controls, and one that sits at every site and does nothing.
+compose: compositions, see compose_speed.py; passes and time against the plain run.
 guided: guidance by gradients, see guided.py; ours against diffusers' Attend-and-Excite, in time and memory.
 perturb: perturbation guidance, see perturb_speed.py; ours against diffusers' PAG pipeline of SD 3, in time and memory.
 maps: the maps of all words, against the plain run; beside it, recording as DAAM does it, by materialised probabilities.
@@ -19,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, ClassVar
 
+import compose_speed
 import guided
 import perturb_speed
 import torch
@@ -115,7 +117,7 @@ def machine() -> dict[str, Any]:
 
 
 app = typer.Typer(add_completion=False)
-APART = ("guided", "perturb")  # topics with a table of their own
+APART = ("compose", "guided", "perturb")  # topics with a table of their own
 
 
 @app.command(help=__doc__)
@@ -131,9 +133,10 @@ def main(
     with Progress() as bar:
         found = [measure(name, topic, repeats, bar) for name in model for topic in topics if topic in TOPICS]
         guidance = [guided.measure(name, repeats, bar) for name in model if "guided" in topics]
+        compositions = [compose_speed.measure(name, bar) for name in model if "compose" in topics]
         perturbation = perturb_speed.measure(repeats, bar) if "perturb" in topics else None
     out.parent.mkdir(parents=True, exist_ok=True)
-    results = {"measured": found, "guided": guidance, "perturb": perturbation}
+    results = {"measured": found, "guided": guidance, "perturb": perturbation, "compose": compositions}
     out.write_text(json.dumps({"machine": machine()} | results, indent=1))
     console = Console()
     table = Table("model", "setting", "time / plain", title=f"medians of {repeats} alternating rounds")
@@ -145,6 +148,8 @@ def main(
         console.print(table)
     if guidance:
         guided.show(guidance, console)
+    for each in compositions:
+        compose_speed.show(each, console)
     if perturbation:
         perturb_speed.show(perturbation, console)
     console.print(f"{machine()}", str(out), sep="\n")
