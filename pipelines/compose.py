@@ -19,10 +19,11 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -191,7 +192,8 @@ class PrimeComposer:
         alone = self.settings.invert == "alone"
         pictures = [one.background for one in plan.pasted]
         pictures += [one.alone if alone else one.picture for one in plan.pasted]
-        told = repr((self.settings.steps, self.settings.solver, self.settings.rounds, self._adapters(), arguments))
+        settings = self.settings.steps, self.settings.solver, self.settings.rounds
+        told = told_of([settings, self._adapters(), dict(self.pipe.scheduler.config), arguments])
         names = [sha256(one.tobytes() + repr(one.shape).encode() + told.encode()).hexdigest() for one in pictures]
         missing = [n for n, name in enumerate(names) if name not in self.paths and name not in names[:n]]
         made: dict[str, list[Tensor]] = {}
@@ -280,6 +282,20 @@ class PrimeComposer:
         """Noise as at the first node of all, from the seed of each composition."""
         drawn = [torch.randn(like[:1].shape, generator=torch.Generator().manual_seed(one.seed)) for one in plan.asked]
         return torch.cat(drawn).to(like)
+
+
+def told_of(value: Any) -> str:
+    """What an argument says, as text: the same for what is the same, another for what is not."""
+    if isinstance(value, Image.Image):
+        return f"{value.mode} {value.size} {sha256(value.tobytes()).hexdigest()}"
+    if isinstance(value, (Tensor, np.ndarray)):
+        array = value.detach().float().cpu().numpy() if isinstance(value, Tensor) else value
+        return f"{array.dtype} {array.shape} {sha256(np.ascontiguousarray(array).tobytes()).hexdigest()}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {told_of(one)}" for name, one in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(told_of, value)) + "]"
+    return repr(value)
 
 
 def _grown(box: Tensor, cells: int) -> Tensor:

@@ -249,3 +249,27 @@ def test_other_controls_act_beside_it():
     assert made.picture.tobytes() == plain.picture.tobytes()
     made = PrimeComposer(pipe, steps=3)(**vars(asked()), size=(48, 32), controls=[Pag()])
     assert made.picture.tobytes() != plain.picture.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    pipe = tiny.sd1().to(dtype)
+    composer = PrimeComposer(pipe, steps=3)
+    made = composer(**vars(asked()), size=(48, 32), measure=True)
+    whole = PrimeComposer(tiny.sd1(), steps=3)(**vars(asked()), size=(48, 32))
+    gap = np.abs(np.asarray(made.picture, int) - np.asarray(whole.picture)).mean()
+    assert gap < 4 and made.lost is not None and pipe.vae.dtype == dtype
+
+
+def test_an_ip_adapter_acts_in_inversion_and_drawing():
+    pipe = tiny.sd1()
+    pipe.image_encoder, pipe.feature_extractor = tiny.vision()
+    pipe.unet._load_ip_adapter_weights([tiny.ip_adapter(pipe.unet)])
+    pipe.set_ip_adapter_scale(0.7)
+    composer = PrimeComposer(pipe, steps=2)
+    made = composer(**vars(asked()), size=(48, 32), ip_adapter_image=scene()[0])
+    other = composer(**vars(asked()), size=(48, 32), ip_adapter_image=scene()[0].rotate(90))
+    assert made.passes["inversion"] == 4 == other.passes["inversion"]  # another picture, another inversion
+    assert made.picture.tobytes() != other.picture.tobytes()
+    again = composer(**vars(asked()), size=(48, 32), ip_adapter_image=scene()[0])
+    assert again.passes["inversion"] == 0 and again.picture.tobytes() == made.picture.tobytes()
