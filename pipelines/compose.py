@@ -20,6 +20,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
@@ -34,7 +35,7 @@ from attnctl.engine.control import Control
 from attnctl.engine.families.registry import discover, family_of
 from attnctl.errors import ControlError
 from attnctl.pipelines.compose_settings import settings_of
-from attnctl.pipelines.compositions import Composed, Composition, Plan, words_of
+from attnctl.pipelines.compositions import Composed, Composition, Plan, thing_of, words_of
 from attnctl.pipelines.inversion import Path, Solver, decode, encode, invert, packed, redrawn, sampling
 from attnctl.pipelines.object_masks import mask_from_words
 from attnctl.pipelines.pasting import box_in, object_mask, opened, paste
@@ -123,6 +124,30 @@ class PrimeComposer:
             )
             for n, one in enumerate(plan.pasted)
         ]
+
+    def in_turn(self, compositions: Sequence[Composition], **options: Any) -> list[Composed]:
+        """Put several objects into one background, one after the other; each goes into the picture of the one before.
+
+        Args:
+            compositions: their prompts name all objects; the background is that of the first. Without `words`, the
+                objects are the last things of the prompt, in their order.
+            options: as for `batch`.
+
+        Returns:
+            What was made in each turn; the last has all objects.
+
+        Raises:
+            PhraseError: a prompt names fewer things than there are objects.
+        """
+        made: list[Composed] = []
+        first = opened(compositions[0].background, "background") if compositions else None
+        for number, one in enumerate(compositions):
+            words = one.words if one.words is not None else thing_of(one.prompt, number - len(compositions))
+            assert first is not None
+            box = box_in(one.box, first.size)  # of the first background's pixels, whatever size is composed at
+            ground = made[-1].picture if made else first
+            made += self.batch([replace(one, background=ground, box=box, words=words)], **options)
+        return made
 
     # --- before drawing -----------------------------------------------------------------------------------------------
 

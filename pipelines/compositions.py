@@ -10,6 +10,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from attnctl.engine.attachment import Report
+from attnctl.errors import PhraseError
 from attnctl.pipelines.pasting import Pasted, opened
 from attnctl.words.subjects import SubjectsError, read_subjects
 
@@ -131,3 +132,15 @@ def words_of(one: Composition) -> tuple[tuple[str, ...], tuple[str, ...]]:
     mine = {word for phrase in words for word in phrase.lower().split()}
     rest = tuple(phrase for phrase in named if not mine & set(phrase.lower().split()))
     return words, rest if one.others is None else tuple(one.others)
+
+
+def thing_of(prompt: str, number: int) -> str:
+    """One of the things that a prompt names, counted from its end: -1 is the last.
+
+    Raises:
+        PhraseError: it names fewer.
+    """
+    named = [subject.whole for subject in read_subjects(prompt)]
+    if len(named) < -number:
+        raise PhraseError(f"{-number} objects, but the prompt names {len(named)} things: {', '.join(named)}")
+    return named[number]

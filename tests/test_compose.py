@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from attnctl.app import cli
 from attnctl.app.command import UsageError
-from attnctl.app.compose_command import numbers, settings, size_of
+from attnctl.app.compose_command import compositions, numbers, settings, size_of
 from attnctl.errors import ControlError, PhraseError
 from attnctl.glyph.scenes import Renderer
 from attnctl.pipelines import Composition, PrimeComposer, compose
@@ -152,10 +153,11 @@ def test_the_command_line_composes(tmp_path, capsys, monkeypatch):
         cli.run(cli.app, "attnctl", [*words.split(), *more])
     assert end.value.code == 0
     said = capsys.readouterr()
-    assert "the object is 'apple'" in said.err and "latents are off by" in said.out and "MiB" in said.out
+    assert "an object is 'apple'" in said.err and "latents are off by" in said.out and "MiB" in said.out
     assert Image.open("made/a-cat-and-an-apple-0-composed.png").size == (64, 64)
     report = json.loads((tmp_path / "made/a-cat-and-an-apple-0-report.json").read_text())
-    assert report["words"] == ["apple"] and report["others"] == ["cat"] and report["settings"] == {"steps": 2}
+    (only,) = report["objects"]
+    assert only["words"] == ["apple"] and only["others"] == ["cat"] and report["settings"] == {"steps": 2}
 
 
 @pytest.mark.parametrize(
@@ -273,3 +275,27 @@ def test_an_ip_adapter_acts_in_inversion_and_drawing():
     assert made.picture.tobytes() != other.picture.tobytes()
     again = composer(**vars(asked()), size=(48, 32), ip_adapter_image=scene()[0])
     assert again.passes["inversion"] == 0 and again.picture.tobytes() == made.picture.tobytes()
+
+
+def test_objects_go_in_one_after_the_other():
+    """The second is put into the picture of the first, and boxes in pixels stay those of the first background."""
+    pipe = tiny.sd1()
+    ground = scene((96, 64))[0]
+    left = asked(background=ground, box=(4, 8, 40, 56), words=None, others=None)
+    right = asked(background=ground, box=(52, 8, 92, 56), words=None, others=None)
+    one, two = PrimeComposer(pipe, steps=2).in_turn([left, right], size=(48, 32))
+    assert one.words == ("cat",) and two.words == ("red dog",) and one.others == ("red dog",)
+    assert one.box[2] <= 22 and two.box[0] == 24 and two.background.tobytes() == one.picture.tobytes()
+    with pytest.raises(PhraseError, match="3 objects, but the prompt names 2 things: cat, red dog"):
+        PrimeComposer(pipe, steps=2).in_turn([left, right, left], size=(48, 32))
+
+
+def test_each_object_has_its_box():
+    with pytest.raises(UsageError, match="--box is given 1 times for 2 objects"):
+        compositions(Path("b.png"), "a cat", [Path("o.png")] * 2, ["0,0,1,1"], [], [], None, 0)
+    with pytest.raises(UsageError, match="--mask is given 1 times for 2 objects"):
+        compositions(Path("b.png"), "a cat", [Path("o.png")] * 2, ["0,0,1,1"] * 2, ["m.png"], [], None, 0)
+    one, two = compositions(
+        Path("b.png"), "a cat", [Path("o.png")] * 2, ["0,0,1,1"] * 2, ["alpha", "m.png"], ["a, b", "c"], ("d",), 3
+    )
+    assert (one.mask, two.mask, one.words, two.words, two.seed) == (None, "m.png", ("a", "b"), ("c",), 3)
