@@ -46,7 +46,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "ours, paper's columns": ("ours", {"rows": "columns"}),
     "ours, all rows as TF-ICON": ("ours", {"rows": "all"}),
     "ours, without infusion": ("ours", {"infuse": 0.0}),
-    "ours, object's words only": ("ours", {"words": "object"}),
+    "from step 0, object's words only": ("ours", {"start": 0.0, "words": "object"}),
     "ours, no words": ("ours", {"words": "none"}),
     "ours, noise in the rim": ("ours", {"start": 0.0, "rim": "noise"}),
     "ours, blending to 0.8": ("ours", {"blend": 0.8}),
