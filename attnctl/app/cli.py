@@ -95,7 +95,7 @@ def generate(
             "--region",
             "-r",
             help="Where a phrase goes: 'cat: 0,0,0.5,1' (left, top, right, bottom; shares of the picture or pixels) or "
-            "'cat: mask.png', perhaps with '| a prompt of its own' behind it; may be given several times. More settings: "
+            "'cat: mask.png', perhaps with '| a prompt of its own' behind it; several times. More settings: "
             "attnctl controls regions.",
         ),
     ] = None,
