@@ -1,8 +1,8 @@
-"""What regions with prompts of their own cost: row groups against one dense mask at every site, and a pass per region.
+"""What regions with prompts of their own cost: row groups against one dense mask at every site.
 
-FLUX.1's blocks at true width, one of each kind, and the UNet of Stable Diffusion 1.5, with random weights, at 512 x 512. Cost is in
-floating-point operations, time and memory, each as a ratio to the plain run: the medians over alternating rounds, time
-and memory within a round. A pass per region costs what it says: 1 + regions plain runs, so it is not run.
+FLUX.1's blocks at true width, one of each kind, and the UNet of Stable Diffusion 1.5, random weights, 512 x 512. Cost
+is in floating-point operations, time and memory, as ratios to the plain run: medians over alternating rounds, time and
+memory within a round. A pass per region costs what it says, 1 + regions plain runs, so it is not run.
 """
 
 from __future__ import annotations
