@@ -4,7 +4,7 @@ A method knows the engine (`attnctl`), no model family and no pipeline class. `C
 """
 
 from attnctl.engine.control import Control
-from attnctl.maps.reader import TokenMaps
+from attnctl.maps.recorder import TokenMaps
 
 from .astar import AStar
 from .binding import Binding

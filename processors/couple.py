@@ -29,11 +29,10 @@ import torch
 from torch import Tensor
 
 from attnctl.areas import shares
-from attnctl.engine.control import AttentionCall, Control, Lane, Proceed
+from attnctl.engine.control import AttentionCall, Control, Lane, Proceed, check_window
 from attnctl.engine.run import Run, Step
 from attnctl.engine.sites import Selection, Site, select
 from attnctl.errors import ControlError, NoSiteError, PhraseError, short
-from attnctl.maps.reader import check_window
 from attnctl.regions import Region
 from attnctl.words.phrases import TextStream, layout
 

@@ -25,11 +25,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attnctl.engine.control import AttentionCall, Control, Lane, Proceed
+from attnctl.engine.control import AttentionCall, Control, Lane, Proceed, check_window
 from attnctl.engine.run import Run
 from attnctl.engine.sites import Selection, Site, select
 from attnctl.errors import ControlError
-from attnctl.maps.reader import check_rows, check_window
+from attnctl.maps.reader import check_rows
 from attnctl.regions import named_regions
 
 from .regions import Masks, Placed, open_in, placed_phrases

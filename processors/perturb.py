@@ -42,12 +42,12 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from attnctl.engine.control import AttentionCall, Control, Lane, Proceed
+from attnctl.engine.control import AttentionCall, Control, Lane, Proceed, check_window
+from attnctl.engine.families.registry import discover
 from attnctl.engine.heads import Heads, pick_heads, write_heads
 from attnctl.engine.run import Run, Step
-from attnctl.engine.sites import Site, discover
+from attnctl.engine.sites import Site
 from attnctl.errors import AttnctlWarning, ControlError
-from attnctl.maps.reader import check_window
 
 from .perturbed_attention import Scope, blur, kept_by_text, mix, own_values, queries_of, temperature, uniform
 

@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 
 from attnctl.areas import on_grid
-from attnctl.engine.control import AttentionCall, Control, Lane, Proceed
+from attnctl.engine.control import AttentionCall, Control, Lane, Proceed, check_window
 from attnctl.engine.run import Run, Step
-from attnctl.engine.sites import Selection, Site, select
+from attnctl.engine.sites import Selection, Site, select, with_text
 from attnctl.errors import ControlError, PhraseError
-from attnctl.maps.reader import check_rows, check_window, with_text
+from attnctl.maps.reader import check_rows
 from attnctl.regions import Region, named_regions
+from attnctl.words.phrases import tokens
 
 from .row_groups import Group, Part, RowGroups, alike, by_membership, joined, together
 
@@ -99,7 +100,7 @@ def placed_phrases(run: Run, masks: Masks) -> Placed:
         found.append([])
         for phrase, _ in masks:
             try:
-                found[-1].append(run.tokens(phrase, image))
+                found[-1].append(tokens(run, phrase, image))
             except PhraseError as error:
                 trouble.setdefault(phrase, error)
                 found[-1].append([])

@@ -71,7 +71,7 @@ CASES = {
     ),
     "binding": Case(lambda: Binding(("and", "dog"), relative=0.1), lambda: Binding(("and", "dog"), strength=0.0)),
     "astar": Case(
-        lambda: AStar("cat", "dog", bonds=(("and", "cat"),), updates=2, enough=0.1, relative=0.1),
+        lambda: AStar("cat", "dog", bonds=(("and", "cat"),), updates=2, loss_target=0.1, relative=0.1),
         lambda: AStar("cat", "dog", strength=0.0),
     ),
     "perturb": Case(lambda: Perturb("1:0 2", u=0.7, scale=6.0), lambda: Perturb("1:0 2", scale=0.0)),

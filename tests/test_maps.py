@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from attnctl.engine.control import AttentionCall
-from attnctl.engine.sites import Site
+from attnctl.engine.sites import Site, with_text
 from attnctl.errors import ControlError, NoSiteError, PhraseError
 from attnctl.maps import pictures as heatmaps
 from attnctl.maps.probabilities import Listener, call_maps, direct, known, one_hot, token_maps
-from attnctl.maps.reader import Maps, TokenMaps, join_grids, with_text
+from attnctl.maps.reader import Maps, join_grids
+from attnctl.maps.recorder import TokenMaps
 from attnctl.sheets import GAP, grid
 from attnctl.words.phrases import TextStream
 

@@ -25,6 +25,7 @@ from attnctl.app.asked import (
     with_phrases,
     without_files,
 )
+from attnctl.app.batch.command import batch
 from attnctl.app.command import UsageError, check_writable, plain, run, tell
 from attnctl.app.limits import LARGEST, STEPS, THREADS
 from attnctl.errors import short
@@ -50,6 +51,9 @@ app = typer.Typer(
 MODEL_HELP = "An embedded model, a folder written by save_pretrained, or a hub id."
 DEVICE_HELP = "cpu, cuda, cuda:1, ...; default: cuda if there is one, else cpu."
 DTYPE_HELP = "float32, float16 or bfloat16."
+
+
+app.command(no_args_is_help=True)(batch)
 
 
 def main() -> None:
@@ -159,7 +163,8 @@ def generate(
     texts = [without_files(text) for text in texts]
     controls = [control_of(text) for text in texts]
 
-    from attnctl.app import drawing, loading
+    from attnctl import loading
+    from attnctl.app import drawing
     from attnctl.app.bars import bars, paused
 
     if threads is None and model in loading.embedded():
@@ -235,7 +240,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
 def control_texts(prompt: str, model: str, texts: list[str], subjects: str | None, compare: bool) -> list[str]:
     """The controls as text: those given, or segregation of the subjects, or of the glyph things in the prompt."""
     from attnctl.app.control_text import write_control
-    from attnctl.app.loading import embedded
+    from attnctl.loading import embedded
 
     if subjects is not None:
         if texts:
@@ -298,39 +303,6 @@ def _save(drawings: "dict[str, Drawing]", recipe: "Recipe", out: Path) -> list[P
                 one.unlink(missing_ok=True)
             raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
     return [*traces, *shown]
-
-
-# --- batch ------------------------------------------------------------------------------------------------------------
-
-
-@app.command(no_args_is_help=True)
-def batch(
-    file: Annotated[Path | None, typer.Argument(help="Jobs, as .yaml, .jsonl or .csv.", show_default=False)] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures; made if need be.")] = Path("out"),
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the file, say what is to draw, and stop.")] = False,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Draw only what failed before.")] = False,
-    report: Annotated[
-        Path | None, typer.Option(help="Make the manifest and contact sheets of this folder again, and stop.")
-    ] = None,
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a row, and stop.")] = False,
-    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
-    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "float32",
-    threads: Annotated[int | None, typer.Option(help="Threads of the processor; default: as for generate.")] = None,
-) -> None:
-    """Draw many pictures from a file of jobs; what is in the folder already is not drawn again.
-
-    - attnctl batch jobs.yaml --out night --dry-run
-    - attnctl batch jobs.yaml --out night
-
-    A row holds prompt, negative, seed, steps, guidance, size, controls, maps and model. Axes make many jobs of one row:
-    product: {seed: [1, 2, 3], controls: [none, segregation, astar]} takes every combination, zip: takes lists in step.
-
-    A batch that was stopped, in whatever way, goes on with the same command. Exit code 1: some job failed, and
-    failures.jsonl says which and why.
-    """
-    from attnctl.app import batch_command
-
-    batch_command.run(file, out, dry_run, retry_failed, report, schema, device, dtype, threads)
 
 
 # --- reproduce, judge, controls, sites --------------------------------------------------------------------------------
@@ -423,7 +395,7 @@ def left_alone(drawings: "dict[str, Drawing]") -> list[str]:
 
 def judged(model: str, drawings: "dict[str, Drawing]") -> list[str]:
     """What the judge sees in each picture, one line each; it knows the glyph world alone."""
-    from attnctl.app.loading import embedded
+    from attnctl.loading import embedded
 
     if model not in embedded():
         return []
@@ -475,37 +447,3 @@ def sites(
     for row in site_rows(pipe, select or (lambda site: True), shape):
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-
-
-# --- ui ---------------------------------------------------------------------------------------------------------------
-
-
-@app.command()
-def ui(
-    model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)] = "glyph-sd",
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
-    auth: Annotated[str | None, typer.Option(help="USER:PASSWORD that visitors must give.")] = None,
-    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
-    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "float32",
-    open_: Annotated[bool, typer.Option("--open", help="Also open the page in a browser.")] = False,
-) -> None:
-    """Open the studio: a page in the browser to try controls, with both pictures side by side. Ctrl-C ends it.
-
-    - attnctl ui
-    - attnctl ui --model ./my-model --port 8000 --auth me:secret
-    """
-    user, colon, password = (auth or "").partition(":")
-    if auth is not None and not (user and colon and password):
-        raise UsageError("--auth: write it as USER:PASSWORD")
-    try:
-        import gradio  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        raise UsageError(
-            'the studio needs gradio: pip install "attnctl[ui]" (in a checkout: pip install ".[ui]")'
-        ) from None
-    from attnctl.demos.studio import serve
-
-    serve(model, host, port, (user, password) if auth else None, device, dtype, open_)

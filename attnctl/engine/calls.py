@@ -1,4 +1,4 @@
-"""One denoiser call: which run and step it is, which rows are what, and how an edit of the latents gets into it."""
+"""One denoiser call: its arguments, which run it belongs to, which rows are what, and what it predicts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnctl.engine.control import Rows
-from attnctl.engine.families import Family
-from attnctl.engine.run import Run, Sample, Texts
+from attnctl.engine.families.record import Family
+from attnctl.engine.run import Rows, Run, Step, Texts
 from attnctl.errors import ControlError, UnsupportedPipelineError
 
 PROMPTS = ("prompt", "prompt_2", "prompt_3")  # arguments of encode_prompt, where a pipeline has them
@@ -33,6 +32,24 @@ def spread(arguments: dict[str, Any], positional: int) -> tuple[tuple[Any, ...],
     return tuple(arguments[name] for name in names[:positional]), {name: arguments[name] for name in names[positional:]}
 
 
+def rows_kept(step: Step, keep: slice | list[int]) -> dict[str, Any]:
+    """The call's arguments with only these rows of every batched tensor; containers are copied, not shared."""
+    rows, shared = step.rows, step.run.family.shared
+
+    def take(value: Any, batched: bool) -> Any:
+        if isinstance(value, Tensor):
+            if batched and value.ndim and value.shape[0] == rows.total:
+                value = value[keep]
+            return value.clone() if value.is_inference() else value  # an inference tensor cannot be saved for backward
+        if isinstance(value, dict):
+            return {k: take(v, batched) for k, v in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(take(v, batched) for v in value)
+        return value
+
+    return {name: take(value, name not in shared) for name, value in step.arguments.items()}
+
+
 def _snapshot(value: Any) -> Any:
     """The same tensors in containers of our own: denoisers take things out of those they are given."""
     if type(value) is dict:
@@ -40,28 +57,28 @@ def _snapshot(value: Any) -> Any:
     return type(value)(map(_snapshot, value)) if type(value) in (list, tuple) else value
 
 
-def guided(pipe: Any, heard: dict[str, Any] | None) -> bool:
+def guided(pipe: Any, words: dict[str, Any] | None) -> bool:
     """True if the pipeline runs classifier-free guidance in this call, as it told `encode_prompt` or says itself."""
-    if heard is not None and heard.get("do_classifier_free_guidance") is not None:
-        return bool(heard["do_classifier_free_guidance"])
+    if words is not None and words.get("do_classifier_free_guidance") is not None:
+        return bool(words["do_classifier_free_guidance"])
     try:
         return bool(pipe.do_classifier_free_guidance)
     except AttributeError:  # no such property, or the pipeline was never called
         return False
 
 
-def texts(heard: dict[str, Any] | None, given: str | list[str] | None, images: int) -> Texts:
+def texts(words: dict[str, Any] | None, given: str | list[str] | None, images: int) -> Texts:
     """One text per image for each prompt argument.
 
     Args:
-        heard: arguments of `encode_prompt`, or None if it was not called.
+        words: arguments of `encode_prompt`, or None if it was not called.
         given: what the caller of `attach` said; counts only where the pipeline was given embeddings.
         images: how many pictures there are.
 
     Raises:
         ControlError: the number of texts does not divide the number of pictures.
     """
-    found: dict[str, str | list[str] | None] = {name: (heard or {}).get(name) for name in PROMPTS}
+    found: dict[str, str | list[str] | None] = {name: (words or {}).get(name) for name in PROMPTS}
     if found["prompt"] is None:
         found["prompt"] = given
     result: Texts = {}
@@ -75,14 +92,14 @@ def texts(heard: dict[str, Any] | None, given: str | list[str] | None, images: i
     return result
 
 
-def images_of(heard: dict[str, Any] | None) -> int | None:
+def images_of(words: dict[str, Any] | None) -> int | None:
     """How many pictures the arguments of `encode_prompt` ask for."""
-    if heard is None:
+    if words is None:
         return None
-    prompt, embeds = heard.get("prompt"), heard.get("prompt_embeds")
+    prompt, embeds = words.get("prompt"), words.get("prompt_embeds")
     if prompt is None and embeds is None:
         return None
-    each = heard.get("num_images_per_prompt") or 1
+    each = words.get("num_images_per_prompt") or 1
     if prompt is None:
         return int(embeds.shape[0]) * each  # type: ignore[union-attr]
     return each * (1 if isinstance(prompt, str) else len(prompt))
@@ -114,13 +131,13 @@ def rows_of(run: Run, total: int, branch: str | None, extra: bool) -> Rows:
 
 
 def start_run(
-    family: Family, pipe: Any, denoiser: Any, arguments: dict[str, Any], heard: dict[str, Any] | None, given: Any
+    family: Family, pipe: Any, denoiser: Any, arguments: dict[str, Any], words: dict[str, Any] | None, given: Any
 ) -> Run:
     """The run that a denoiser call opens."""
     sample = arguments[family.sample]
     total = sample.shape[0]
-    halved = guided(pipe, heard)
-    images = images_of(heard) or total // (2 if family.branches == "batched" and halved and total % 2 == 0 else 1)
+    halved = guided(pipe, words)
+    images = images_of(words) or total // (2 if family.branches == "batched" and halved and total % 2 == 0 else 1)
     scheduler = getattr(pipe, "scheduler", None)
     timesteps = getattr(scheduler, "timesteps", None)
     schedule = 0 if timesteps is None else len(timesteps)
@@ -129,7 +146,7 @@ def start_run(
     if schedule and now is not None:
         now = torch.as_tensor(now, dtype=torch.float32).flatten()[0].cpu() * family.time
         start = int((timesteps.float().cpu() - now).abs().argmin())  # type: ignore[union-attr]
-    steps = (getattr(pipe, "num_timesteps", None) if heard is not None else None) or schedule - start
+    steps = (getattr(pipe, "num_timesteps", None) if words is not None else None) or schedule - start
     return Run(
         family=family,
         pipe=pipe,
@@ -137,8 +154,8 @@ def start_run(
         guided=halved,
         latent_size=family.latent_size(denoiser, sample, arguments),
         steps=steps,
-        texts=texts(heard, given, images),
-        max_sequence_length=(heard or {}).get("max_sequence_length"),
+        texts=texts(words, given, images),
+        max_sequence_length=(words or {}).get("max_sequence_length"),
         start=start,
         schedule=schedule,
     )
@@ -164,33 +181,6 @@ def sigma_of(pipe: Any, position: int) -> float | None:
     """The noise level at a position of the schedule, if the scheduler keeps such a list."""
     sigmas = getattr(getattr(pipe, "scheduler", None), "sigmas", None)
     return float(sigmas[position]) if sigmas is not None and position < len(sigmas) else None
-
-
-def written(pipe: Any, sample: Sample, raw: Tensor, timestep: Any) -> Tensor:
-    """The denoiser's input with the edited latents in it, for every branch, scaled as the pipeline would have.
-
-    An image whose latents nobody changed keeps its input to the bit.
-    """
-    edited = sample.edited
-    assert edited is not None
-    if sample.scale != 1.0:
-        scaled = pipe.scheduler.scale_model_input(edited, timestep)
-        own = sample.raw[sample.rows].narrow(sample.dim, 0, sample.channels)
-        same = (edited == sample.base).flatten(1).all(dim=1)
-        edited = torch.where(same.view(-1, *[1] * (own.ndim - 1)), own, scaled.to(own.dtype))
-    return sample.replaced(raw, edited)
-
-
-def stepped(sample: Sample, latents: Tensor) -> Tensor:
-    """The sample `scheduler.step` should see in place of `latents`, given what the controls made of the step's."""
-    edited = sample.edited
-    if edited is None:
-        return latents
-    if latents.shape != edited.shape:
-        raise ControlError(f"the scheduler steps latents of shape {tuple(latents.shape)}, not {tuple(edited.shape)}")
-    if sample.scale == 1.0 and latents.dtype == edited.dtype:
-        return edited
-    return latents + (edited - sample.base).to(latents.dtype)  # keeps what rounding or a lower precision lost
 
 
 def prediction(output: Any) -> tuple[Tensor, Any]:

@@ -10,16 +10,14 @@ import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from attnctl.engine.run import Run, Step
+from attnctl.engine.sites import Site
 from attnctl.errors import ControlError
-
-if TYPE_CHECKING:
-    from attnctl.engine.run import Run, Step
-    from attnctl.engine.sites import Site
 
 
 class Lane(enum.Enum):
@@ -32,15 +30,6 @@ class Lane(enum.Enum):
     MAPS = "maps"  # reads attention maps, changes nothing
     PROBS = "probs"  # owns the probabilities; one such control per site
     GRADIENT = "gradient"  # reads sites in an extra forward with gradients, `Step.probe`
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Which batch rows of one denoiser call are what. Contiguous; None where this call has no such rows."""
-
-    cond: slice | None
-    uncond: slice | None
-    total: int
 
 
 class Groups(Protocol):
@@ -126,6 +115,7 @@ class Control:
 
     lane: ClassVar[Lane] = Lane.IDENTITY
     innermost: ClassVar[bool] = False  # comes after those that edit queries, keys, values or logits, however listed
+    gives_maps: ClassVar[bool] = False  # its state in a run is what `attachment.maps` gives
 
     def sites(self, available: tuple[Site, ...]) -> tuple[Site, ...]:
         """The sites this control touches. () for a control that acts on steps only.
@@ -233,3 +223,13 @@ def nest(controls: Sequence[Control], site: Site) -> tuple[Control, ...]:
         names = " and ".join(type(c).__name__ for c in owners)
         raise ControlError(f"{names} both own the attention probabilities of {site.name}; attach one of them at a time")
     return tuple(sorted(controls, key=lambda c: 2 if c.lane is Lane.PROBS else int(c.innermost)))  # a stable sort
+
+
+def check_window(window: tuple[float, float]) -> None:
+    """Raise unless this is a part of the schedule."""
+    try:
+        fits = len(window) == 2 and 0 <= window[0] < window[1] <= 1
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ControlError(f"window is (start, end) with 0 <= start < end <= 1, parts of the schedule; not {window!r}")

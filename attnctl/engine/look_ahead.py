@@ -16,10 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnctl.engine.calls import prediction, spread
-from attnctl.engine.control import Rows
-from attnctl.engine.probe import rows_kept, uncompiled
-from attnctl.engine.run import Step
+from attnctl.engine.calls import rows_kept
+from attnctl.engine.run import Rows, Step
 from attnctl.errors import ControlError
 
 
@@ -109,11 +107,8 @@ def flows(scheduler: Any) -> bool:
 
 def foreseen(step: Step, z: Tensor, here: Level) -> tuple[Tensor, Tensor]:
     """The picture and the noise that the denoiser sees in latents, (images, ...) each, in float32."""
-    rows, run, model = step.rows, step.run, step.wiring.model
-    own = replace(step, pass_name="look-ahead")
-    with torch.no_grad(), uncompiled(model), step.wiring.flow.acts(own):
-        args, kwargs = spread(_arguments(step, z, here), step.positional)
-        output = prediction(model(*args, **kwargs))[0].float()
+    rows, run = step.rows, step.run
+    output = step.passes.plain(step, "look-ahead", _arguments(step, z, here)).float()
     guess = output[rows.cond]
     if rows.uncond is not None:
         plain = output[rows.uncond]

@@ -11,12 +11,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from attnctl.errors import PhraseError, short
-
-if TYPE_CHECKING:
-    from attnctl.engine.run import Run
+from attnctl.engine.run import Run
+from attnctl.errors import PhraseError, of_image, short
 
 Span = tuple[int, int]  # first character, one past the last
 
@@ -167,6 +165,26 @@ def streams(run: Run, image: int) -> tuple[TextStream, ...]:
             known[own] = TextStream(tokenizer, text, stream.offset, rows or tokenizer.model_max_length)
         found.append(known[own])
     return tuple(found)
+
+
+def tokens(run: Run, phrase: str, image: int) -> list[int]:
+    """Text rows of a site that hold a phrase of one image's prompt, over all tokenizers of the pipeline.
+
+    Args:
+        run: the pipeline call.
+        phrase: words of the prompt; "cat#2" is the second "cat".
+        image: index of the picture.
+
+    Returns:
+        Positions relative to `AttentionCall.text`, ascending.
+
+    Raises:
+        PhraseError: the phrase is in none of the prompts the tokenizers read, or was cut off; names what there is.
+    """
+    try:
+        return positions(streams(run, image), phrase)
+    except PhraseError as error:
+        raise of_image(error, image, run.prompts) from None
 
 
 # --- words -> characters ----------------------------------------------------------------------------------------------
