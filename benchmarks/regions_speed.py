@@ -2,7 +2,7 @@
 
 FLUX.1's blocks at true width, one of each kind, and the UNet of Stable Diffusion 1.5, random weights, 512 x 512. Cost
 is in floating-point operations, time (of the processor, on a CPU) and memory, as ratios to the plain run: medians over
-alternating rounds, time and memory within a round. A pass per region costs what it says, 1 + regions plain runs, so it is not run.
+alternating rounds, time and memory within a round. A pass per region costs what it says, 1 + regions plain runs.
 """
 
 from __future__ import annotations
