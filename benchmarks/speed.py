@@ -5,6 +5,7 @@
 attach: an attachment without controls, and one that sits at every site and does nothing.
 guided: guidance by gradients, see guided.py; ours against diffusers' Attend-and-Excite, in time and memory.
 perturb: perturbation guidance, see perturb_speed.py; ours against diffusers' PAG pipeline of SD 3, in time and memory.
+batch: plans and groups of `attnctl batch`, see batch_speed.py.
 maps: the maps of all words, against the plain run; beside it, recording as DAAM does it, by materialised probabilities.
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, ClassVar
 
+import batch_speed
 import guided
 import perturb_speed
 import torch
@@ -115,7 +117,7 @@ def machine() -> dict[str, Any]:
 
 
 app = typer.Typer(add_completion=False)
-APART = ("guided", "perturb")  # topics with a table of their own
+APART = ("guided", "perturb", "batch")  # topics with a table of their own
 
 
 @app.command(help=__doc__)
@@ -132,8 +134,9 @@ def main(
         found = [measure(name, topic, repeats, bar) for name in model for topic in topics if topic in TOPICS]
         guidance = [guided.measure(name, repeats, bar) for name in model if "guided" in topics]
         perturbation = perturb_speed.measure(repeats, bar) if "perturb" in topics else None
+        batches = batch_speed.measure(repeats, bar) if "batch" in topics else None
     out.parent.mkdir(parents=True, exist_ok=True)
-    results = {"measured": found, "guided": guidance, "perturb": perturbation}
+    results = {"measured": found, "guided": guidance, "perturb": perturbation, "batch": batches}
     out.write_text(json.dumps({"machine": machine()} | results, indent=1))
     console = Console()
     table = Table("model", "setting", "time / plain", title=f"medians of {repeats} alternating rounds")
@@ -147,6 +150,8 @@ def main(
         guided.show(guidance, console)
     if perturbation:
         perturb_speed.show(perturbation, console)
+    if batches:
+        batch_speed.show(batches, console)
     console.print(f"{machine()}", str(out), sep="\n")
 
 

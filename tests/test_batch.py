@@ -288,7 +288,7 @@ def test_a_model_is_loaded_once(tiny, tmp_path, monkeypatch):
 def test_manifest_and_sheet_are_made_again(some, command, tmp_path):
     out = tmp_path / "out"
     list(running.run(some(), out))
-    files = {name: (out / name).read_bytes() for name in ("manifest.jsonl", "sheet.png")}
+    files = {name: (out / name).read_bytes() for name in ("manifest.jsonl", "sheet.png", "summary.md")}
     assert len(files["manifest.jsonl"].splitlines()) == 4
     assert {json.loads(line)["file"] for line in files["manifest.jsonl"].splitlines()} == set(pictures(out))
     for name in files:

@@ -29,6 +29,12 @@ def batch(
     report: Annotated[
         Path | None, typer.Option(help="Make the manifest and contact sheets of this folder again, and stop.")
     ] = None,
+    sheet: Annotated[
+        str | None, typer.Option(help="For --report: fields of columns, rows and pages, as x=seed,y=controls,z=prompt.")
+    ] = None,
+    score: Annotated[
+        list[str] | None, typer.Option(help="Score each picture: judge, or clip:FOLDER; may be given several times.")
+    ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a row, and stop.")] = False,
     group: Annotated[
         int | None, typer.Option(help="Pictures drawn together at most; default: 4 for glyph-sd, else 1.")
@@ -53,13 +59,18 @@ def batch(
     """
     from attnctl.app.batch import jobs, planning
     from attnctl.app.batch.running import How
+    from attnctl.app.batch.scores import check_scores
 
     if schema:
         print(json.dumps(jobs.schema(), indent=2))
         return
+    scores = tuple(dict.fromkeys(score or ()))
+    check_scores(scores)
     if report is not None:
-        _report(report)
+        _report(report, scores, sheet)
         return
+    if sheet is not None:
+        raise UsageError("--sheet is for --report DIR, once the pictures are there")
     if file is None:
         raise UsageError("there is no job file; attnctl batch --help shows one")
     if dtype not in DTYPES:
@@ -73,7 +84,7 @@ def batch(
     if dry_run:
         print(_told(what))
         return
-    _draw(what, How(device, dtype, threads))
+    _draw(what, How(device, dtype, threads, scores))
 
 
 def _read(file: Path) -> "list[Placed]":
@@ -141,12 +152,13 @@ def _one_ctrl_c() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _report(folder: Path) -> None:
+def _report(folder: Path, scores: tuple[str, ...], sheet: str | None) -> None:
+    from attnctl.app.batch.contact_sheets import Axes
     from attnctl.app.batch.report import write_report
 
     if not folder.is_dir():
         raise UsageError(f"--report {folder}: there is no such folder")
-    print(*map(plain, write_report(folder)), sep="\n")
+    print(*map(plain, write_report(folder, scores, None if sheet is None else Axes.parse(sheet))), sep="\n")
 
 
 def _told(what: "Plan") -> str:

@@ -4,7 +4,6 @@ A row holds the fields of `Job`, and two axes, each a list of values by field: `
 combination, `zip` one of every position.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,12 +13,13 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from attnctl.app.asked import control_of, with_phrases, without_files
+from attnctl.app.asked import with_phrases, without_files
 from attnctl.app.limits import JOBS, LARGEST, STEPS
-from attnctl.app.loading import check_name
+from attnctl.app.loading import USUAL, check_name
 from attnctl.errors import AttnctlError, instead, short
 
 _AXES = ("product", "zip")
+_HALF = re.compile("[\ud800-\udfff]")  # of a pair that is no text alone
 
 
 class JobError(AttnctlError):
@@ -89,7 +89,8 @@ class Job(BaseModel):
     @field_validator("model")
     @classmethod
     def _there(cls, value: str) -> str:
-        check_name(value)
+        if value not in USUAL:  # those that ship are there; the others are looked for
+            check_name(value)
         return value
 
     @property
@@ -166,10 +167,9 @@ def _job(row: Mapping[str, Any], control_text: Callable[[str, str, str], str]) -
             said = said.replace(theirs, ours)
         raise Fault(f"{field} {short(repr(first['input']), 60)}: {said}") from None
     for field, value in job:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise Fault(f"{field} {short(ascii(value), 60)}: it holds half a character") from None
+        for text in value if isinstance(value, tuple) else [value]:
+            if isinstance(text, str) and _HALF.search(text):
+                raise Fault(f"{field} {short(ascii(value), 60)}: it holds half a character")
     try:
         texts = tuple(control_text(text, job.prompt, job.model) for text in job.controls)
         return job.model_copy(update={"controls": texts})
@@ -179,9 +179,7 @@ def _job(row: Mapping[str, Any], control_text: Callable[[str, str, str], str]) -
 
 def _control_text(text: str, prompt: str, model: str) -> str:
     """The text of a control that can be made, with its phrases and without files."""
-    text = with_phrases(text, prompt, model, lambda _: None)
-    control_of(text)
-    return without_files(text)
+    return without_files(with_phrases(text, prompt, model, lambda _: None))
 
 
 # --- axes -------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from attnctl.app.batch.job_files import read_jobs
 from attnctl.app.batch.jobs import Job, check_jobs
 from attnctl.app.batch.planning import Group, Plan, plan
 from attnctl.app.batch.report import write_report
+from attnctl.app.batch.scores import check_scores, note_scores, score_of
 from attnctl.app.batch.worker import Drawn, Worker
 from attnctl.app.command import UsageError, check_writable
 
@@ -36,6 +37,7 @@ class How:
     device: str | None = None
     dtype: str = "float32"
     threads: int | None = None
+    scores: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ def run(
     dtype: str = "float32",
     threads: int | None = None,
     group: int | None = None,
+    scores: Iterable[str] = (),
     retry_failed: bool = False,
     bar: "Progress | None" = None,
 ) -> Iterator[Result]:
@@ -69,21 +72,23 @@ def run(
         dtype: "float32", "float16" or "bfloat16".
         threads: of the processor; default: 1 for an embedded model, else torch's own number.
         group: how many pictures are drawn together at most; default: what suits the model.
+        scores: of each picture, "judge" or "clip:FOLDER", see `attnctl.app.batch.scores`.
         retry_failed: draw only those that failed before.
         bar: shows how far the batch is.
 
     Raises:
         JobError: a job is wrong.
-        UsageError: `out` cannot be written.
+        UsageError: `out` cannot be written, or there is no such score.
     """
-    out = Path(out)
+    out, scores = Path(out), tuple(scores)
+    check_scores(scores)
     if isinstance(jobs, str | Path):
         placed = read_jobs(Path(jobs))
     else:
         rows = (job.model_dump(exclude_defaults=True) if isinstance(job, Job) else job for job in jobs)
         placed = check_jobs((f"job {number}", row) for number, row in enumerate(rows, 1))
     check_writable(out)
-    return draw(plan(placed, out, dtype, retry_failed, group), How(device, dtype, threads), bar)
+    return draw(plan(placed, out, dtype, retry_failed, group), How(device, dtype, threads, scores), bar)
 
 
 def draw(
@@ -109,9 +114,11 @@ def draw(
         for task in what.there:
             yield Result(task.job, task.place, task.path)
         total = bar.add_task(LABEL, total=len(what.missing))
+        for name in how.scores:
+            score_of(name)  # whatever it is missing, is missing before the first picture
         worker = Worker(how.device, how.dtype, how.threads, bar)
         try:
-            for result in _results(_until(stopped, what.to_draw), worker):
+            for result in results(_until(stopped, what.to_draw), worker, how.scores):
                 drawn |= result.drawn
                 bar.advance(total)
                 yield result
@@ -119,7 +126,7 @@ def draw(
             worker.close()
         tidy(what.out)
         if drawn or not (what.out / MANIFEST).exists():
-            write_report(what.out)
+            write_report(what.out, how.scores)
 
 
 def _until(stopped: Callable[[], bool], groups: Iterable[Group]) -> Iterator[Group]:
@@ -129,14 +136,14 @@ def _until(stopped: Callable[[], bool], groups: Iterable[Group]) -> Iterator[Gro
         yield group
 
 
-def _results(groups: Iterable[Group], worker: Worker) -> Iterator[Result]:
-    """The results of groups; pictures are written while the next ones are drawn."""
+def results(groups: Iterable[Group], worker: Worker, scores: tuple[str, ...] = ()) -> Iterator[Result]:
+    """The results of groups; pictures are written and scored while the next ones are drawn."""
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(WRITERS, "attnctl-writer") as pool:
         try:
             for group in groups:
                 for drawn in worker.draw(group):
-                    waiting.append(pool.submit(_written, drawn))
+                    waiting.append(pool.submit(_written, drawn, scores))
                 while waiting and (waiting[0].done() or len(waiting) > WRITERS * _WAITING):
                     yield waiting.popleft().result()
         except KeyboardInterrupt:
@@ -145,8 +152,8 @@ def _results(groups: Iterable[Group], worker: Worker) -> Iterator[Result]:
         yield from (one.result() for one in waiting)
 
 
-def _written(drawn: Drawn) -> Result:
-    """Write the files of a task, or note its failure."""
+def _written(drawn: Drawn, scores: tuple[str, ...]) -> Result:
+    """Write the files of a task and note its scores, or its failure."""
     task = drawn.task
     if drawn.error is not None:
         note_failure(task.path.parent, task.key, drawn.error, task.place, task.job.model_dump(mode="json"))
@@ -156,4 +163,6 @@ def _written(drawn: Drawn) -> Result:
             write(path)
         except OSError as error:
             raise UsageError(f"cannot write {path}: {error.strerror or error}; the same command goes on") from error
+    if drawn.picture is not None:
+        note_scores(task.path.parent, task.key, drawn.picture, task.job.prompt, scores)
     return Result(task.job, task.place, task.path, drawn=True)
