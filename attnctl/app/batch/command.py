@@ -16,7 +16,7 @@ from attnctl.app.loading import DTYPES, USUAL
 if TYPE_CHECKING:
     from attnctl.app.batch.jobs import Placed
     from attnctl.app.batch.planning import Plan
-    from attnctl.app.batch.running import How
+    from attnctl.app.batch.results import How
 
 _MOST = 20  # faults of a file that are told
 
@@ -40,7 +40,10 @@ def batch(
         int | None, typer.Option(help="Pictures drawn together at most; default: 4 for glyph-sd, else 1.")
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda if there is one, else cpu.")
+        str | None,
+        typer.Option(
+            "--device", "--devices", help="cpu, cuda, cuda:1, ...; several, as in cuda:0,cuda:1, draw side by side."
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     threads: Annotated[int | None, typer.Option(help="Threads of the processor; default: as for generate.")] = None,
@@ -58,8 +61,9 @@ def batch(
     pictures under way, a second one at once. Exit code 1: some job failed, and failures.jsonl says which and why.
     """
     from attnctl.app.batch import jobs, planning
-    from attnctl.app.batch.running import How
+    from attnctl.app.batch.results import How
     from attnctl.app.batch.scores import check_scores
+    from attnctl.app.batch.shares import Share
 
     if schema:
         print(json.dumps(jobs.schema(), indent=2))
@@ -80,7 +84,7 @@ def batch(
             raise UsageError(f"{name} {value}: from 1 to {most}")
     placed = _read(file)
     check_writable(out)
-    what = planning.plan(placed, out, dtype, retry_failed, group)
+    what = Share.of().part_of(planning.plan(placed, out, dtype, retry_failed, group))
     if dry_run:
         print(_told(what))
         return
