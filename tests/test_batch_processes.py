@@ -178,10 +178,9 @@ for result in attnctl.batch.run(json.load(open({str(tmp_path / "jobs.json")!r}))
 
 
 def test_shares_are_disjoint_and_all_of_it(tmp_path):
-    plan = planning.plan(
-        jobs.check_jobs([("row 1", {"prompt": PROMPT, "product": {"seed": list(range(11))}})]), tmp_path
-    )
-    parts = [Share(rank, 2).part_of(replace(plan, groups=plan.groups)) for rank in range(2)]
+    row = {"prompt": PROMPT, "product": {"seed": list(range(11))}}
+    plan = planning.plan(jobs.check_jobs([("row 1", row)]), tmp_path)
+    parts = [Share(rank, 2).part_of(plan) for rank in range(2)]
     keys = [[task.key for task in part.missing] for part in parts]
     assert sorted(keys[0] + keys[1]) == sorted(task.key for task in plan.missing) and len(keys[0]) == 7
     assert Share().part_of(plan) is plan
