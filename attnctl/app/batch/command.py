@@ -22,7 +22,9 @@ _MOST = 20  # faults of a file that are told
 
 
 def batch(
-    file: Annotated[Path | None, typer.Argument(help="Jobs, as .yaml, .jsonl or .csv.", show_default=False)] = None,
+    file: Annotated[
+        Path | None, typer.Argument(help="Jobs, as .yaml, .jsonl or .csv; or a folder of pictures.", show_default=False)
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures; made if need be.")] = Path("out"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the file, say what is to draw, and stop.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Draw only what failed before.")] = False,
@@ -36,6 +38,10 @@ def batch(
         list[str] | None, typer.Option(help="Score each picture: judge, or clip:FOLDER; may be given several times.")
     ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a row, and stop.")] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A field for all rows, as seed=5; a list in brackets is an axis. Several times."),
+    ] = None,
     group: Annotated[
         int | None, typer.Option(help="Pictures drawn together at most; default: 4 for glyph-sd, else 1.")
     ] = None,
@@ -52,6 +58,7 @@ def batch(
 
     - attnctl batch jobs.yaml --out night --dry-run
     - attnctl batch jobs.yaml --out night
+    - attnctl batch night --set "seed=[5, 6]" --set controls=astar --out again
 
     A row holds prompt, negative, seed, steps, guidance, size, controls, maps, trace and model. Axes make many jobs of
     one row: product: {seed: [1, 2, 3], controls: [none, segregation, astar]} takes every combination, zip: takes lists
@@ -82,7 +89,7 @@ def batch(
     for name, value, most in (("--threads", threads, THREADS), ("--group", group, GROUP)):
         if value is not None and not 1 <= value <= most:
             raise UsageError(f"{name} {value}: from 1 to {most}")
-    placed = _read(file)
+    placed = _read(file, set_ or [])
     check_writable(out)
     what = Share.of().part_of(planning.plan(placed, out, dtype, retry_failed, group))
     if dry_run:
@@ -91,12 +98,13 @@ def batch(
     _draw(what, How(device, dtype, threads, scores))
 
 
-def _read(file: Path) -> "list[Placed]":
-    from attnctl.app.batch import job_files, jobs
+def _read(file: Path, overrides: list[str]) -> "list[Placed]":
+    from attnctl.app.batch import job_files
+    from attnctl.app.batch.faults import JobError
 
     try:
-        return job_files.read_jobs(file)
-    except jobs.JobError as error:
+        return job_files.read_jobs(file, job_files.read_overrides(overrides))
+    except JobError as error:
         for line in error.lines[:_MOST]:
             tell(line)
         if len(error.lines) > _MOST:
