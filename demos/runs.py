@@ -17,11 +17,11 @@ from attnctl.app import cli, drawing
 from attnctl.app.asked import known_controls, open_model, recipe_of
 from attnctl.app.bars import bars
 from attnctl.app.control_text import parse_control
-from attnctl.app.loading import USUAL, embedded
 from attnctl.app.recipe import Recipe, read, save, weights_hash
 from attnctl.app.region_text import outlined, region_control
 from attnctl.errors import AttnctlError
 from attnctl.files import no_files
+from attnctl.loading import USUAL, embedded
 from attnctl.regions import Region
 from attnctl.words.subjects import read_subjects
 

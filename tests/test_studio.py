@@ -184,6 +184,6 @@ def test_a_program_is_told_what_is_wrong_and_what_there_is(client):
 
 
 def test_without_gradio_the_command_says_what_to_install():
-    code = "import sys; sys.modules['gradio'] = None; sys.argv[1:] = ['ui']; from attnctl.app.cli import main; main()"
+    code = "import sys; sys.modules['gradio'] = None; sys.argv[1:] = ['ui']; from attnctl.__main__ import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and 'pip install "attnctl[ui]"' in done.stderr and done.stderr.count("\n") == 1

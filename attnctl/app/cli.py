@@ -148,7 +148,8 @@ def generate(
     texts = [without_files(text) for text in texts]
     controls = [control_of(text) for text in texts]
 
-    from attnctl.app import drawing, loading
+    from attnctl import loading
+    from attnctl.app import drawing
     from attnctl.app.bars import bars, paused
 
     if threads is None and model in loading.embedded():
@@ -224,7 +225,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
 def control_texts(prompt: str, model: str, texts: list[str], subjects: str | None, compare: bool) -> list[str]:
     """The controls as text: those given, or segregation of the subjects, or of the glyph things in the prompt."""
     from attnctl.app.control_text import write_control
-    from attnctl.app.loading import embedded
+    from attnctl.loading import embedded
 
     if subjects is not None:
         if texts:
@@ -379,7 +380,7 @@ def left_alone(drawings: "dict[str, Drawing]") -> list[str]:
 
 def judged(model: str, drawings: "dict[str, Drawing]") -> list[str]:
     """What the judge sees in each picture, one line each; it knows the glyph world alone."""
-    from attnctl.app.loading import embedded
+    from attnctl.loading import embedded
 
     if model not in embedded():
         return []
@@ -431,37 +432,3 @@ def sites(
     for row in site_rows(pipe, select or (lambda site: True), shape):
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-
-
-# --- ui ---------------------------------------------------------------------------------------------------------------
-
-
-@app.command()
-def ui(
-    model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)] = "glyph-sd",
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
-    auth: Annotated[str | None, typer.Option(help="USER:PASSWORD that visitors must give.")] = None,
-    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
-    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "float32",
-    open_: Annotated[bool, typer.Option("--open", help="Also open the page in a browser.")] = False,
-) -> None:
-    """Open the studio: a page in the browser to try controls, with both pictures side by side. Ctrl-C ends it.
-
-    - attnctl ui
-    - attnctl ui --model ./my-model --port 8000 --auth me:secret
-    """
-    user, colon, password = (auth or "").partition(":")
-    if auth is not None and not (user and colon and password):
-        raise UsageError("--auth: write it as USER:PASSWORD")
-    try:
-        import gradio  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        raise UsageError(
-            'the studio needs gradio: pip install "attnctl[ui]" (in a checkout: pip install ".[ui]")'
-        ) from None
-    from attnctl.demos.studio import serve
-
-    serve(model, host, port, (user, password) if auth else None, device, dtype, open_)

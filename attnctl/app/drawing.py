@@ -12,7 +12,8 @@ from PIL import Image
 from attnctl.app.region_text import outlined
 from attnctl.errors import AttnctlError, PhraseError, UnsupportedPipelineError, short
 from attnctl.sheets import Cell, grid
-from attnctl.words.phrases import positions, streams, words
+from attnctl.words.phrases import positions, streams
+from attnctl.words.spelling import words
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -36,7 +37,7 @@ class OutOfMemoryError(DrawingError):
 
 
 @dataclass(frozen=True)
-class Trace:
+class LossTrace:
     """What the controls of a drawing did: plain data, and pictures of it by what they show."""
 
     report: dict[str, Any]
@@ -52,7 +53,7 @@ class Drawing:
 
     picture: Image.Image
     maps: dict[str, Image.Image]
-    trace: Trace | None = None
+    trace: LossTrace | None = None
     alone: tuple[str, ...] = ()
     regions: tuple[tuple[str, Any], ...] = ()
 
@@ -64,7 +65,7 @@ def content_words(prompt: str) -> tuple[str, ...]:
 
 def shown_words(pipe: "DiffusionPipeline", prompt: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The content words that have a map, and those that have none, e.g. because the tokenizer cuts them off."""
-    from attnctl.engine.families import family_of
+    from attnctl.engine.families.registry import family_of
 
     family = family_of(pipe)[0]
     default = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")
@@ -88,7 +89,7 @@ def shown_words(pipe: "DiffusionPipeline", prompt: str) -> tuple[tuple[str, ...]
 
 def check_size(pipe: "DiffusionPipeline", width: int, height: int) -> None:
     """Raise unless the pipeline can draw this size exactly."""
-    from attnctl.engine.sites import discover
+    from attnctl.engine.families.registry import discover
 
     try:
         patch = min((site.factor for site in discover(pipe) if site.kind == "joint" and site.factor), default=1)
@@ -227,7 +228,7 @@ def pictures(drawings: dict[str, Drawing], recipe: "Recipe") -> dict[str, Image.
 def _maps_control(phrases: tuple[str, ...], keep: Any = ()) -> "tuple[Control, ...]":
     if not phrases:
         return ()
-    from attnctl.maps.reader import TokenMaps
+    from attnctl.maps.recorder import TokenMaps
 
     return (TokenMaps(*phrases, keep=keep),)
 
@@ -241,7 +242,7 @@ def _named(controls: Iterable["Control"]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _told(run: "Attachment", own: int, by_step: "tuple[Control, ...]") -> Trace:
+def _told(run: "Attachment", own: int, by_step: "tuple[Control, ...]") -> LossTrace:
     """What the first `own` controls of an attachment did; the others are its recorders."""
     from attnctl.app.trace_pictures import loss_curves, map_sequence
 
@@ -250,7 +251,7 @@ def _told(run: "Attachment", own: int, by_step: "tuple[Control, ...]") -> Trace:
     shown = {"losses": loss_curves(report["traces"])}
     for recorder in by_step:
         shown["steps"] = map_sequence(run.run.state(recorder))
-    return Trace(report, {name: picture for name, picture in shown.items() if picture is not None})
+    return LossTrace(report, {name: picture for name, picture in shown.items() if picture is not None})
 
 
 def _left_alone(run: "Attachment", controls: Sequence["Control"], image: int) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import typer
 
 from attnctl.app.command import UsageError, check_writable, plain, tell
 from attnctl.app.limits import GROUP, THREADS
-from attnctl.app.loading import DTYPES, USUAL
+from attnctl.loading import DTYPES, USUAL
 
 if TYPE_CHECKING:
     from attnctl.app.batch.jobs import Placed

@@ -15,8 +15,8 @@ from attnctl.app.asked import with_phrases, without_files
 from attnctl.app.batch.axes import AXES, expanded, overridden
 from attnctl.app.batch.faults import Fault, JobError
 from attnctl.app.limits import JOBS, LARGEST, STEPS
-from attnctl.app.loading import USUAL, check_name
 from attnctl.errors import AttnctlError, short
+from attnctl.loading import USUAL, check_name
 
 _HALF = re.compile("[\ud800-\udfff]")  # of a pair that is no text alone
 

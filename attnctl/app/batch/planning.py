@@ -17,7 +17,7 @@ from typing import Any
 from attnctl.app.asked import control_of, slug
 from attnctl.app.batch.folder import failures
 from attnctl.app.batch.jobs import Job, Placed
-from attnctl.app.loading import USUAL
+from attnctl.loading import USUAL
 
 
 @dataclass(frozen=True, slots=True)

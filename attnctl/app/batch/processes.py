@@ -195,7 +195,7 @@ def work(settings: dict[str, Any], lines: IO[str], say: Callable[[dict[str, Any]
 
     from attnctl.app.batch import running
     from attnctl.app.batch.worker import Worker
-    from attnctl.app.loading import usable_device
+    from attnctl.loading import usable_device
 
     how = How(**settings | {"scores": tuple(settings["scores"])})
     waiting: Queue[str] = Queue()

@@ -60,7 +60,7 @@ def _judge() -> Score:
 def _clip(folder: str) -> Score:
     import torch
 
-    from attnctl.app.loading import quiet
+    from attnctl.loading import quiet
 
     path = Path(folder).expanduser()
     with quiet():

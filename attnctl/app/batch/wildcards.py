@@ -55,14 +55,17 @@ def _prompts(template: str, how: str | int, folder: Path | None) -> tuple[str, .
     except Exception as error:  # what its parser raises is not a closed set
         said = short(" ".join(str(error).split()), 120)
         raise Fault(f"prompt {short(repr(template), 60)}: the wildcards cannot be read: {said}") from None
-    for prompt in found:
-        _check(prompt, template, folder)  # a line of a file may name another one
     return tuple(dict.fromkeys(" ".join(prompt.split()) for prompt in found)) or (template,)
 
 
-def _check(prompt: str, template: str, folder: Path | None) -> None:
+def _check(text: str, template: str, folder: Path | None, seen: frozenset[str] = frozenset()) -> None:
+    """Raise unless every wildcard of a text is there, and those of its lines."""
     known = sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.*")) if folder else []
-    for name in _NAMED.findall(prompt):
-        if "*" not in name and name not in known:
+    for name in _NAMED.findall(text):
+        if "*" in name or name in seen:
+            continue
+        if folder is None or name not in known:
             where = f"prompt {short(repr(template), 60)}: no wildcards/{name}.txt"
             raise Fault(f"{where}; {instead(name, known)}")
+        if (file := folder / f"{name}.txt").is_file():
+            _check(file.read_text(encoding="utf-8", errors="replace"), template, folder, seen | {name})

@@ -73,8 +73,8 @@ class Worker:
                 self.bar.remove_task(one)
 
     def _load(self, model: str) -> None:
-        from attnctl.app.loading import embedded
         from attnctl.app.recipe import weights_hash
+        from attnctl.loading import embedded
 
         if model == self._model:
             return
