@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from attnctl.app import cli, drawing
+from attnctl.app import drawing, request
 from attnctl.app.asked import known_controls, open_model, recipe_of
 from attnctl.app.bars import bars
 from attnctl.app.control_text import parse_control
@@ -57,7 +57,7 @@ class Asked:
             raise StudioError(f"a text is too long: at most {LETTERS} letters")
         if self.steps is not None and self.steps > STEPS:
             raise StudioError(f"{self.steps} steps: at most {STEPS} here")
-        shape = cli.checked(self.prompt, self.seed, 1, self.steps, self.guidance, self.size.strip() or None, None)
+        shape = request.checked(self.prompt, self.seed, 1, self.steps, self.guidance, self.size.strip() or None, None)
         if shape is not None and max(shape) > SIDE:
             raise StudioError(f"size {self.size}: a side has at most {SIDE} pixels here")
         for line in (*lines(self.controls), *lines(self.regions)):
@@ -168,7 +168,7 @@ class Studio:
         if self.threads is not None:
             torch.set_num_threads(self.threads)  # each thread has its own number
         started = time.monotonic()
-        texts = cli.control_texts(asked.prompt, self.model, lines(asked.controls), None, False)
+        texts = request.control_texts(asked.prompt, self.model, lines(asked.controls), None, False)
         if regions := lines(asked.regions):
             texts = [region_control(regions), *texts]
         controls = [parse_control(text, known_controls()) for text in texts]
@@ -182,7 +182,7 @@ class Studio:
             size=asked.check(),
             guidance=asked.guidance,
             controls=tuple(texts),
-            maps=cli.mapped_words(self.pipe, asked.prompt) if asked.maps else (),
+            maps=request.mapped_words(self.pipe, asked.prompt) if asked.maps else (),
             weights=self.weights,
         )
         drawings = {"plain": drawing.draw(self.pipe, recipe, [], "plain", bar.rich)}
@@ -192,7 +192,9 @@ class Studio:
         for shows, picture in drawing.pictures(drawings, recipe).items():
             files[shows] = Path(self._folder.name) / f"{recipe.digest()}-{recipe.seed}-{shows}.png"
             save(picture, files[shows], replace(recipe, shows=shows))
-        said = (line.split(maxsplit=1) for line in (*cli.left_alone(drawings), *cli.judged(self.model, drawings)))
+        said = (
+            line.split(maxsplit=1) for line in (*request.left_alone(drawings), *request.judged(self.model, drawings))
+        )
         told = [f"{kind.capitalize()}: {rest}." for kind, rest in said]
         told.append(f"Drawn in {time.monotonic() - started:.1f} s, {recipe.steps} steps a picture.")
         return Result(recipe, files, tuple(told), self._command(asked, recipe))

@@ -1,7 +1,7 @@
 """One drawing: the pipeline call a recipe describes, its word maps, and the sheet of two drawings side by side."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from attnctl.app.preview import previewed
 from attnctl.app.region_text import outlined
 from attnctl.errors import AttnctlError, PhraseError, UnsupportedPipelineError, short
 from attnctl.sheets import Cell, grid
@@ -102,6 +103,7 @@ def draw(
     label: str = "",
     bar: "Progress | None" = None,
     trace: bool = False,
+    preview: Callable[[Image.Image], None] | None = None,
 ) -> Drawing:
     """Draw one picture as `recipe` says, under these controls.
 
@@ -112,6 +114,7 @@ def draw(
         label: of the bar.
         bar: shows the steps.
         trace: also note what the controls do, for `Drawing.trace`.
+        preview: is shown, after some of the steps, what the picture looks like so far.
     """
     import torch
 
@@ -120,6 +123,9 @@ def draw(
     settings = _call_settings(pipe, recipe)
     # On the CPU whatever the device, so that a seed means the same noise everywhere.
     settings["generator"] = torch.Generator("cpu").manual_seed(recipe.seed)
+    if preview is not None:
+        size = (recipe.width, recipe.height) if recipe.width and recipe.height else None
+        settings |= previewed(pipe, size, preview)
     watch = _maps_control(recipe.maps)
     by_step = _maps_control(_named(controls) or recipe.maps, keep="step") if trace else ()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from ast import literal_eval
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#e41a1c", "#377eb8", "#4daf4a", "#984ea3", "#ff7f00", "#a65628", "#f781bf", "#17becf")
 _BOX = re.compile(r"\s*[\[(]?\s*((?:\d*\.?\d+)(?:\s*[,x ]\s*\d*\.?\d+){3})\s*[\])]?\s*")
+_PAIR = re.compile(r"""\[('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"), \[([\d., ]+)\]\]""")
 
 
 class RegionTextError(AttnctlError):
@@ -44,6 +46,30 @@ def _read(text: str) -> tuple[str, str]:
     if re.fullmatch(r"[\d\s.,x-]+", where):
         raise RegionTextError(f"--region {text!r}: a box is left,top,right,bottom, such as 0,0,0.5,1 for the left half")
     return phrase, repr(where)
+
+
+def region_lines(control: str) -> list[str] | None:
+    """The lines that `region_control` makes this control of; None if there are none, as where a region is a mask."""
+    from attnctl.app.control_text import parts_of
+
+    name, _, settings = parts_of(control)
+    if name != "regions" or list(settings) != ["masks"]:
+        return None
+    pairs = [(_text(pair[1]), pair[2]) for pair in _PAIR.finditer(settings["masks"])]
+    lines = [f"{phrase}: {box.replace(' ', '')}" for phrase, box in pairs]
+    return lines if lines and region_control(lines) == control else None
+
+
+def _text(quoted: str) -> str:
+    return str(literal_eval(quoted))
+
+
+def columns(lines: Sequence[str]) -> list[str]:
+    """Regions, one a line; those that are a phrase alone stand side by side, in columns of equal width."""
+    alone = [line for line in lines if ":" not in line]
+    edges = [f"{number / max(1, len(alone)):.4g}" for number in range(len(alone) + 1)]
+    boxes = {line: f"{line}: {edges[n]},0,{edges[n + 1]},1" for n, line in enumerate(alone)}
+    return [boxes.get(line, line) for line in lines]
 
 
 def outlined(picture: Image.Image, regions: Sequence[tuple[str, Region]]) -> Image.Image:
