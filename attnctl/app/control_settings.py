@@ -1,4 +1,4 @@
-"""The settings of a control as a form shows them, read from its signature and docstring; and a control's text, edited."""
+"""The settings of a control as a form shows them, read from signature and docstring; and a control's text, edited."""
 
 import inspect
 import re
@@ -6,7 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
-from attnctl.app.control_text import hints_of, is_phrases, parse_control, parts_of, shown, snake, summary, write_control
+from attnctl.app.asked import read_things
+from attnctl.app.control_text import (
+    ControlTextError,
+    hints_of,
+    is_phrases,
+    parse_control,
+    parts_of,
+    shown,
+    snake,
+    summary,
+    write_control,
+)
+from attnctl.app.drawing import content_words
 from attnctl.errors import AttnctlError
 
 Kind = Literal["number", "whole", "switch", "choice", "window", "heads", "text"]
@@ -75,7 +87,9 @@ def _most(cls: type, sample: str, name: str, default: float) -> float:
 def _told(docstring: str) -> dict[str, str]:
     """What a docstring says of settings, by name: "name: words" or "name, name: words", and the lines below it."""
     found: dict[str, str] = {}
-    for entry in re.finditer(r"^( +)([a-z_][a-z_0-9]*(?:, [a-z_][a-z_0-9]*)*): (.*(?:\n\1 +\S.*)*)", docstring, re.MULTILINE):
+    for entry in re.finditer(
+        r"^( +)([a-z_][a-z_0-9]*(?:, [a-z_][a-z_0-9]*)*): (.*(?:\n\1 +\S.*)*)", docstring, re.MULTILINE
+    ):
         for name in entry[2].split(", "):
             found.setdefault(name, " ".join(entry[3].split()))
     return found
@@ -107,7 +121,7 @@ def written_value(value: Any, default: Any) -> str | None:
     if value is None or value == default or (isinstance(value, str) and value.strip() in ("", shown(default))):
         return None
     if isinstance(value, str):
-        alone = re.fullmatch(r"[\w.:#/*-]+|[\[({'\"].*", value.strip(), re.DOTALL)
+        alone = re.fullmatch(r"[\w.:#/* -]+|[\[({'\"].*", value.strip(), re.DOTALL)
         return value.strip() if alone else repr(value.strip())
     return shown(list(value) if isinstance(value, tuple) else value)
 
@@ -161,3 +175,36 @@ def started(cls: type, things: list[str]) -> str:
         else:
             return text
     raise refused
+
+
+def things(prompt: str) -> list[str]:
+    """What the prompt names, as far as it can be read; for a control to start from."""
+    try:
+        return read_things(prompt)
+    except AttnctlError:
+        return list(content_words(prompt)[:2])
+
+
+def switched(cls: type, controls: list[str], prompt: str) -> list[str]:
+    """Lines of controls with one of this kind, to start from; without it, where there was one."""
+    name = snake(cls.__name__)
+    if find(controls, name) is not None:
+        return without(controls, name)
+    if not prompt.strip():
+        raise ControlTextError("write a prompt first: a control speaks of its words")
+    return [*controls, started(cls, things(prompt))]
+
+
+def changed(cls: type, setting: Setting, value: Any, controls: list[str], prompt: str) -> list[str]:
+    """Lines of controls with one setting of this kind as a form has it; the control is added if need be.
+
+    Raises:
+        ControlTextError: the control refuses the value.
+    """
+    name, text = snake(cls.__name__), written_value(value, setting.default)
+    there = find(controls, name)
+    if there is None and text is None:
+        return controls
+    fresh = there or started(cls, things(prompt))
+    parse_control(edited(fresh, setting.name, text), {cls.__name__: cls})
+    return set_in(controls, name, setting.name, text, fresh)

@@ -105,3 +105,15 @@ def judged(model: str, drawings: "dict[str, Drawing]") -> list[str]:
 
     readings = judges.load().read([drawn.picture for drawn in drawings.values()])
     return [f"{kind:<10}  the judge sees {reading}" for kind, reading in zip(drawings, readings, strict=True)]
+
+
+def told(model: str, drawings: "dict[str, Drawing]") -> list[str]:
+    """What became of each picture, in sentences: what controls did, what they left alone, what the judge sees."""
+    found = []
+    for kind, drawn in drawings.items():
+        for one in drawn.trace.report["traces"] if drawn.trace is not None else ():
+            if one.get("updates"):
+                times = "once" if one["updates"] == 1 else f"{one['updates']} times"
+                found.append(f"{kind:<10}  {one['control']} corrected the drawing {times} on its way")
+    said = (line.split(maxsplit=1) for line in (*found, *left_alone(drawings), *judged(model, drawings)))
+    return [f"{kind.capitalize()}: {rest}." for kind, rest in said]

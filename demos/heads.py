@@ -1,0 +1,55 @@
+"""The head grid: a row for each block of the model, a button for each head. A view of the setting `heads`."""
+
+from collections.abc import Sequence
+
+from attnctl.engine.heads import pick_heads, write_heads
+from attnctl.engine.sites import Site
+from attnctl.errors import AttnctlError
+
+NO_GRID = (
+    "<p>Draw once with this model to see its heads here; or write blocks and heads such as 7:3 in the line above.</p>"
+)
+
+
+def grid(sites: Sequence[Site], heads: str) -> str:
+    """The grid as HTML, with these heads chosen."""
+    rows = {}
+    for site in sites:
+        if site.kind in ("self", "joint"):
+            rows.setdefault(site.block, site)
+    if not rows:
+        return NO_GRID
+    picked = _picked(sites, heads)
+    shown = []
+    for block, site in rows.items():
+        on = picked.get(site, ())
+        place = site.name.split(".")[0].removesuffix("_blocks").removesuffix("_block")
+        cells = [_cell(f"{block}", len(on) == site.heads, f"{place} {block}", f"all heads of block {block}, {place}")]
+        cells += [
+            _cell(f"{block}:{head}", head in on, str(head), f"block {block}, head {head}") for head in range(site.heads)
+        ]
+        shown.append(f"<div>{''.join(cells)}</div>")
+    return f'<div role="group" aria-label="Heads">{"".join(shown)}</div>'
+
+
+def _cell(key: str, on: bool, shows: str, says: str) -> str:
+    kind = "head" if ":" in key else "block"
+    return (
+        f'<button class="{kind}" data-k="{key}" aria-pressed="{str(on).lower()}" aria-label="{says}">{shows}</button>'
+    )
+
+
+def _picked(sites: Sequence[Site], heads: str) -> dict[Site, tuple[int, ...]]:
+    try:
+        return pick_heads(sites, heads)
+    except AttnctlError:  # told when it is drawn
+        return {}
+
+
+def toggled(sites: Sequence[Site], heads: str, key: str) -> str:
+    """The text of the heads after a click on one, or on a block."""
+    picked = {site: set(own) for site, own in _picked(sites, heads).items()}
+    for site, own in pick_heads(sites, key).items():
+        there = picked.setdefault(site, set())
+        picked[site] = there - set(own) if there >= set(own) else there | set(own)
+    return write_heads({site: tuple(sorted(own)) for site, own in picked.items() if own})
