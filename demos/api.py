@@ -2,16 +2,17 @@
 
 from collections.abc import Iterator
 from functools import wraps
+from inspect import isgeneratorfunction
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from attnctl.app.control_settings import cards
 from attnctl.app.service import Asked, Result, Service
 from attnctl.app.site_table import HEADINGS, site_rows
 from attnctl.errors import AttnctlError
-
-from .cards import cards
+from attnctl.files import no_files
 
 TURN: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
 """Of events that use the model: they wait in one queue."""
@@ -23,16 +24,24 @@ def refused(error: AttnctlError | str) -> gr.Error:
 
 
 def told(function: Any) -> Any:
-    """The function, whose errors that the visitor can mend are one line on the page."""
+    """The function, which reads no file whose name stands in a text; errors that a visitor can mend are one line."""
 
     @wraps(function)
-    def shown(*values: Any) -> Any:
+    def answer(*values: Any) -> Any:
         try:
-            return function(*values)
+            with no_files():
+                return function(*values)
         except AttnctlError as error:
             raise refused(error) from None
 
-    return shown
+    @wraps(function)
+    def answers(*values: Any) -> Iterator[Any]:
+        try:
+            yield from function(*values)
+        except AttnctlError as error:
+            raise refused(error) from None
+
+    return answers if isgeneratorfunction(function) else answer
 
 
 def endpoints(studio: Service) -> None:
@@ -56,17 +65,13 @@ def endpoints(studio: Service) -> None:
             size: WIDTHxHEIGHT in pixels; empty: the model's own.
             model: one of the studio's; empty: its first.
         """
-        asked = Asked(prompt, controls, regions, seed, steps or None, None if guidance < 0 else guidance, maps,
-                      negative, size, model)  # fmt: skip
-        try:
-            for one in studio.run(asked):
-                if isinstance(one, Result):
-                    pictures = {shows: _file(path) for shows, path in one.files.items()}
-                    yield pictures | {"report": list(one.told), "command": one.command, "python": one.python}
-                else:
-                    yield {"drawing": one.kind, "step": one.done, "of": one.total}
-        except AttnctlError as error:
-            raise refused(error) from None
+        numbers = seed, steps or None, None if guidance < 0 else guidance
+        for one in studio.run(Asked(prompt, controls, regions, *numbers, maps, negative, size, model)):
+            if isinstance(one, Result):
+                pictures = {shows: _file(path) for shows, path in one.files.items()}
+                yield pictures | {"report": list(one.told), "command": one.command, "python": one.python}
+            else:
+                yield {"drawing": one.kind, "step": one.done, "of": one.total}
 
     def maps(prompt: str, seed: int = 0, steps: int = 0, controls: str = "", model: str = "") -> list[dict[str, Any]]:
         """Draw a prompt and show where each of its words is looked at.
@@ -78,11 +83,9 @@ def endpoints(studio: Service) -> None:
             controls: one a line, as for `generate`.
             model: one of the studio's; empty: its first.
         """
-        try:
-            *_, result = studio.run(Asked(prompt, controls, seed=seed, steps=steps or None, model=model))
-        except AttnctlError as error:
-            raise refused(error) from None
-        split = ((path, *said.rsplit(", ", 1)) for path, said in result.heat)
+        *_, result = studio.run(Asked(prompt, controls, seed=seed, steps=steps or None, model=model))
+        heat = result.heat if isinstance(result, Result) else []
+        split = ((path, *said.rsplit(", ", 1)) for path, said in heat)
         return [{"word": word, "drawing": kind, "picture": _file(Path(path))} for path, word, kind in split]
 
     def controls() -> list[dict[str, Any]]:
@@ -95,14 +98,11 @@ def endpoints(studio: Service) -> None:
         Args:
             model: one of the studio's; empty: its first.
         """
-        try:
-            studio.sites(model, load=True)
-        except AttnctlError as error:
-            raise refused(error) from None
+        studio.sites(model, load=True)
         return [dict(zip(HEADINGS, row, strict=True)) for row in site_rows(studio.pipe, lambda site: True, None)]
 
     for function in (generate, maps, sites):
-        gr.api(function, **TURN)
+        gr.api(told(function), api_name=function.__name__, **TURN)
     gr.api(controls, queue=False)
 
 

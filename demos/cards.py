@@ -1,44 +1,16 @@
 """Cards: what the studio says of each control, and its form; all of it from the control's signature and docstring."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import gradio as gr
 
-from attnctl.app import asked
-from attnctl.app.control_settings import Setting, find, sample_of, settings_of
-from attnctl.app.control_text import describe, parts_of, snake, summary
+from attnctl.app.control_settings import Card, Setting, find
+from attnctl.app.control_text import parts_of
 from attnctl.app.service import lines
 from attnctl.errors import short
-
-
-@dataclass(frozen=True)
-class Card:
-    """How one control is called, what it does, and how it is written with all its settings."""
-
-    name: str
-    says: str  # one sentence
-    written: str  # with the default settings
-    whole: str  # the whole docstring
-    settings: tuple[Setting, ...]
-    cls: type
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for programs."""
-        settings = [asdict(one) | {"default": repr(one.default)} for one in self.settings]
-        return {"name": self.name, "says": self.says, "written": self.written, "settings": settings}
-
-
-def cards() -> dict[str, Card]:
-    """A card for each control there is, by name."""
-    found = {}
-    for cls in asked.known_controls().values():
-        name, says = snake(cls.__name__), " ".join(summary(cls).replace("`", "").split())
-        whole, settings = summary(cls, whole=True), settings_of(cls, sample_of(cls, "red car", "blue chair"))
-        found[name] = Card(name, says, describe(cls), whole, settings, cls)
-    return found
 
 
 def listed(known: dict[str, Card], controls: str, chosen: str) -> str:

@@ -5,15 +5,14 @@ from collections.abc import Sequence
 from attnctl.engine.heads import pick_heads, write_heads
 from attnctl.engine.sites import Site
 from attnctl.errors import AttnctlError
+from attnctl.files import no_files
 
-NO_GRID = (
-    "<p>Draw once with this model to see its heads here; or write blocks and heads such as 7:3 in the line above.</p>"
-)
+NO_GRID = "<p>Draw once with this model to see its heads here; or write them above, as block:head.</p>"
 
 
 def grid(sites: Sequence[Site], heads: str) -> str:
     """The grid as HTML, with these heads chosen."""
-    rows = {}
+    rows: dict[int, Site] = {}
     for site in sites:
         if site.kind in ("self", "joint"):
             rows.setdefault(site.block, site)
@@ -24,24 +23,21 @@ def grid(sites: Sequence[Site], heads: str) -> str:
     for block, site in rows.items():
         on = picked.get(site, ())
         place = site.name.split(".")[0].removesuffix("_blocks").removesuffix("_block")
-        cells = [_cell(f"{block}", len(on) == site.heads, f"{place} {block}", f"all heads of block {block}, {place}")]
-        cells += [
-            _cell(f"{block}:{head}", head in on, str(head), f"block {block}, head {head}") for head in range(site.heads)
-        ]
+        cells = [_cell("block", f"{block}", len(on) == site.heads, f"{place} {block}")]
+        cells += [_cell("head", f"{block}:{head}", head in on, str(head)) for head in range(site.heads)]
         shown.append(f"<div>{''.join(cells)}</div>")
     return f'<div role="group" aria-label="Heads">{"".join(shown)}</div>'
 
 
-def _cell(key: str, on: bool, shows: str, says: str) -> str:
-    kind = "head" if ":" in key else "block"
-    return (
-        f'<button class="{kind}" data-k="{key}" aria-pressed="{str(on).lower()}" aria-label="{says}">{shows}</button>'
-    )
+def _cell(kind: str, key: str, on: bool, shows: str) -> str:
+    named = f'class="{kind}" data-k="{key}" aria-pressed="{str(on).lower()}" aria-label="{kind} {key}"'
+    return f"<button {named}>{shows}</button>"
 
 
 def _picked(sites: Sequence[Site], heads: str) -> dict[Site, tuple[int, ...]]:
     try:
-        return pick_heads(sites, heads)
+        with no_files():
+            return pick_heads(sites, heads)
     except AttnctlError:  # told when it is drawn
         return {}
 

@@ -11,7 +11,6 @@ from attnctl.app import service_batch
 from attnctl.app.elsewhere import split_regions
 from attnctl.app.recipe import Recipe
 from attnctl.app.service import Asked, Result, Service, restored
-from attnctl.errors import AttnctlError
 
 from .api import TURN, refused, told
 from .cards import QUIET
@@ -25,23 +24,21 @@ def wire(ui: SimpleNamespace, studio: Service) -> None:
     texts = [ui.prompt, ui.controls, ui.regions, ui.negative, ui.size, ui.model]
     fields = [*texts, ui.seed, ui.steps, ui.guidance, ui.maps]
 
-    def generate(history: list[Result], *values: Any) -> Iterator[dict[Any, Any]]:
+    @told
+    def drawn(history: list[Result], *values: Any) -> Iterator[dict[Any, Any]]:
         prompt, controls, regions, negative, size, model = (text or "" for text in values[: len(texts)])
         seed, steps, guidance, maps = values[len(texts) :]
         numbers = int(seed or 0), int(steps) if steps else None, guidance
-        asked = Asked(prompt, controls, regions, *numbers, maps, negative, size, model)
-        try:
-            for one in studio.run(asked):
-                if isinstance(one, Result):
-                    history = [one, *(old for old in history if old.final != one.final)][:_SHOWN]
-                    yield shown(one) | {ui.history: history, ui.gallery: [_labelled(old) for old in history]}
-                    continue
-                which = "plain picture" if one.kind == "plain" else "picture with your controls"
-                said = f"Drawing the {which}: step {one.done} of {one.total}, {one.seconds:.0f} s left."
-                now = {ui.preview: gr.Image(one.preview, visible=True), ui.pictures: gr.ImageSlider(visible=False)}
-                yield {ui.status: said} | (now if one.preview is not None else {})
-        except AttnctlError as error:
-            raise refused(error) from None
+        for one in studio.run(Asked(prompt, controls, regions, *numbers, maps, negative, size, model)):
+            if isinstance(one, Result):
+                history = [one, *(old for old in history if old.final != one.final)][:_SHOWN]
+                labelled = [(str(old.final), f"{old.recipe.prompt[:40]}, seed {old.recipe.seed}") for old in history]
+                yield shown(one) | {ui.history: history, ui.gallery: labelled}
+                continue
+            which = "plain picture" if one.kind == "plain" else "picture with your controls"
+            said = f"Drawing the {which}: step {one.done} of {one.total}, {one.seconds:.0f} s left."
+            now = {ui.preview: gr.Image(one.preview, visible=True), ui.pictures: gr.ImageSlider(visible=False)}
+            yield {ui.status: said} | (now if one.preview is not None else {})
 
     def shown(result: Result) -> dict[Any, Any]:
         """What the page shows of a result."""
@@ -81,7 +78,7 @@ def wire(ui: SimpleNamespace, studio: Service) -> None:
 
     result = [ui.status, ui.preview, ui.pictures, ui.heat, ui.sheet, ui.curves, ui.command, ui.python, ui.recipe]
     run = gr.on(
-        [ui.go.click, ui.prompt.submit], generate, [ui.history, *fields], [*result, ui.gallery, ui.history],
+        [ui.go.click, ui.prompt.submit], drawn, [ui.history, *fields], [*result, ui.gallery, ui.history],
         show_progress="minimal", show_progress_on=ui.status, api_visibility="private", **TURN,
     )  # fmt: skip
     hidden = {ui.preview: gr.update(value=None, visible=False), ui.pictures: gr.update(visible=True)}
@@ -90,10 +87,6 @@ def wire(ui: SimpleNamespace, studio: Service) -> None:
     run.failure(lambda: back | {ui.status: EMPTY}, None, list(back), **QUIET)
     ui.gallery.select(again, [ui.history, ui.stamp], [*fields, *result, ui.stamp], **QUIET)
     ui.file.upload(dropped, [ui.file, ui.stamp], [*fields, ui.stamp], **QUIET)
-
-
-def _labelled(result: Result) -> tuple[str, str]:
-    return str(result.final), f"{result.recipe.prompt[:40]}, seed {result.recipe.seed}"
 
 
 def _recipe_file(result: Result) -> str:
@@ -116,16 +109,14 @@ def batch(studio: Service) -> None:
     pictures = gr.Gallery(label="Pictures", columns=6, fit_columns=False, object_fit="contain", interactive=False)
     archive = gr.DownloadButton("Take them all (zip)", interactive=False, elem_id="zip")
 
+    @told
     def draw(path: str | None) -> Iterator[tuple[Any, ...]]:
         if path is None:
             raise refused("drop a job file first")
-        try:
-            for one in service_batch.run(studio, Path(path)):
-                report = [f"{one.done} of {one.total} pictures.", *(f"- failed: {fault}" for fault in one.faults)]
-                ready = gr.DownloadButton(one.archive and str(one.archive), interactive=one.archive is not None)
-                yield "\n".join(report), one.pictures, ready
-        except AttnctlError as error:
-            raise refused(error) from None
+        for one in service_batch.run(studio, Path(path)):
+            report = [f"{one.done} of {one.total} pictures.", *(f"- failed: {fault}" for fault in one.faults)]
+            ready = gr.DownloadButton(one.archive and str(one.archive), interactive=one.archive is not None)
+            yield "\n".join(report), one.pictures, ready
 
     run = go.click(draw, file, [said, pictures, archive], api_visibility="private", show_progress="minimal",
                    show_progress_on=said, **TURN)  # fmt: skip

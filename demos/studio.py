@@ -13,14 +13,14 @@ from typing import Any
 
 import gradio as gr
 
-from attnctl.app.control_settings import Setting, changed, switched
+from attnctl.app.control_settings import Card, Setting, cards, changed, switched
 from attnctl.app.service import Service, lines
 from attnctl.app.word_clicks import clicked
 from attnctl.errors import AttnctlError
 
 from . import heads, regions, runs
 from .api import endpoints, refused, told
-from .cards import EXAMPLES, QUIET, Card, cards, form, listed
+from .cards import EXAMPLES, QUIET, form, listed
 from .chips import SHOWS, chips
 
 CLICKS = ("keeps it in the picture", "shows its heat map")

@@ -3,12 +3,13 @@
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, get_origin
 
-from attnctl.app.asked import read_things
+from attnctl.app import asked
 from attnctl.app.control_text import (
     ControlTextError,
+    describe,
     hints_of,
     is_phrases,
     parse_control,
@@ -60,6 +61,33 @@ def settings_of(cls: type, sample: str) -> tuple[Setting, ...]:
         most = _most(cls, sample, one.name, one.default) if kind == "number" and one.default > 0 else None
         found.append(Setting(one.name, one.default, kind, told.get(one.name, ""), choices, most))
     return tuple(sorted(found, key=lambda it: FIRST.index(it.name) if it.first else len(FIRST)))
+
+
+@dataclass(frozen=True)
+class Card:
+    """How one control is called, what it does, and how it is written with all its settings."""
+
+    name: str
+    says: str  # one sentence
+    written: str  # with the default settings
+    whole: str  # the whole docstring
+    settings: tuple[Setting, ...]
+    cls: type
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for programs."""
+        settings = [asdict(one) | {"default": repr(one.default)} for one in self.settings]
+        return {"name": self.name, "says": self.says, "written": self.written, "settings": settings}
+
+
+def cards() -> dict[str, Card]:
+    """A card for each control there is, by name."""
+    found = {}
+    for cls in asked.known_controls().values():
+        name, says = snake(cls.__name__), " ".join(summary(cls).replace("`", "").split())
+        whole, settings = summary(cls, whole=True), settings_of(cls, sample_of(cls, "red car", "blue chair"))
+        found[name] = Card(name, says, describe(cls), whole, settings, cls)
+    return found
 
 
 def _kind(name: str, default: Any, hint: Any) -> Kind:
@@ -180,7 +208,7 @@ def started(cls: type, things: list[str]) -> str:
 def things(prompt: str) -> list[str]:
     """What the prompt names, as far as it can be read; for a control to start from."""
     try:
-        return read_things(prompt)
+        return asked.read_things(prompt)
     except AttnctlError:
         return list(content_words(prompt)[:2])
 

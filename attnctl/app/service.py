@@ -239,8 +239,8 @@ class Service:
                     shown.append((str(path), CAPTIONS.get(caption, caption)))
         self.keep([*files.values(), *(Path(path) for shown in found for path, _ in shown)])
         told = [*request.told(recipe.model, drawings), f"Drawn in {seconds:.1f} s, {recipe.steps} steps a picture."]
-        shown = replace(recipe, shows="controlled" if recipe.controls else "plain")
-        return Result(recipe, files, tuple(told), elsewhere.command_of(recipe), elsewhere.python_of(shown), *found)
+        final = replace(recipe, shows="controlled" if recipe.controls else "plain")
+        return Result(recipe, files, tuple(told), elsewhere.command_of(recipe), elsewhere.python_of(final), *found)
 
     def keep(self, paths: list[Path]) -> None:
         """Note what was made; of all that was, the oldest goes."""

@@ -4,6 +4,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.progress import Progress, TaskID
@@ -57,7 +58,7 @@ def run(service: Service, file: Path) -> Iterator[Batch]:
     for start in range(0, len(jobs), TURN):
         some = jobs[start : start + TURN]
         seconds = len(some) * service.limits.seconds
-        for one in service.turns.watch(lambda bar, some=some: _drawn(service, some, out, bar), seconds):
+        for one in service.turns.watch(partial(_drawn, service, some, out), seconds):
             if one is not None:
                 said = f"{one.job.prompt[:40]}, seed {one.job.seed}"
                 pictures += [(str(one.path), said)] * (one.error is None)
