@@ -27,7 +27,7 @@ function draw(shown) {
 }
 
 function changed(next, focus) {
-    const free = (props.value.phrases ?? []).find((phrase) => !next.some((box) => box[0] === phrase));
+    const free = (props.value.phrases ?? []).find((one) => !next.some((box) => ` ${box[0]} `.includes(` ${one} `)));
     props.value = { ...props.value, boxes: next };
     draw(next);
     if (focus !== undefined) find(`[data-n="${focus}"]`)?.focus();

@@ -28,6 +28,7 @@ def wire(ui: SimpleNamespace, studio: Service) -> None:
     def drawn(history: list[Result], *values: Any) -> Iterator[dict[Any, Any]]:
         prompt, controls, regions, negative, size, model = (text or "" for text in values[: len(texts)])
         seed, steps, guidance, maps = values[len(texts) :]
+        yield {ui.status: "Its turn comes as soon as the model is free."}
         numbers = int(seed or 0), int(steps) if steps else None, guidance
         for one in studio.run(Asked(prompt, controls, regions, *numbers, maps, negative, size, model)):
             if isinstance(one, Result):
