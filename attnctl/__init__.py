@@ -14,11 +14,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from attnctl.app.loading import load
     from attnctl.engine.attachment import attach
     from attnctl.engine.control import Control, Lane
-    from attnctl.engine.sites import discover as sites
+    from attnctl.engine.families.registry import discover as sites
+    from attnctl.engine.families.registry import register
     from attnctl.engine.sites import select
+    from attnctl.loading import load
+    from attnctl.words.phrases import tokens
 
     from . import batch, pipelines, processors
     from .errors import AttnctlError
@@ -35,8 +37,10 @@ __all__ = [
     "load",
     "pipelines",
     "processors",
+    "register",
     "select",
     "sites",
+    "tokens",
 ]
 
 # public name -> (module, attribute; None = the module itself)
@@ -46,11 +50,13 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "Lane": (".engine.control", "Lane"),
     "attach": (".engine.attachment", "attach"),
     "batch": (".batch", None),
-    "load": (".app.loading", "load"),
+    "load": (".loading", "load"),
     "pipelines": (".pipelines", None),
     "processors": (".processors", None),
+    "register": (".engine.families.registry", "register"),
     "select": (".engine.sites", "select"),
-    "sites": (".engine.sites", "discover"),
+    "sites": (".engine.families.registry", "discover"),
+    "tokens": (".words.phrases", "tokens"),
 }
 
 

@@ -6,9 +6,10 @@ import sys
 def main() -> None:
     """Run the command line; Ctrl-C is one line and exit code 130, also while it is imported."""
     try:
-        from attnctl.app.cli import main as run
+        import attnctl.demos.ui_command  # noqa: F401  # adds its command to those of `cli`
+        from attnctl.app import cli
 
-        run()
+        cli.main()
     except KeyboardInterrupt:
         print("attnctl: interrupted", file=sys.stderr)
         sys.exit(130)

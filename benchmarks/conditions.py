@@ -24,10 +24,10 @@ def bonds(prompts: Sequence[Prompt]) -> list[str]:
 
 
 # The controls' defaults and these settings were chosen on the development half. With look_ahead, a picture is touched
-# only if two large plain steps show a thing that the model hardly looks at. "seen" tells sound pictures of glyph-sd
-# from others; for another model it is another.
+# only if two large plain steps show a thing that the model hardly looks at. "peak_target" tells complete pictures of
+# glyph-sd from others; for another model it is another.
 EVERY: dict[str, Any] = {"window": (0.0, 0.5), "relative": 0.03, "look_ahead": 0}
-SET: dict[str, Any] = {**EVERY, "look_ahead": 2, "seen": 0.26}
+SET: dict[str, Any] = {**EVERY, "look_ahead": 2, "peak_target": 0.26}
 # Attend-and-Excite's schedule, its thresholds at the same parts of 20 steps as of 50.
 THEIRS: dict[str, Any] = {"relative": None, "window": (0.0, 0.5), "refine": {0: 0.95, 4: 0.5, 8: 0.2}}
 STEP = 0.25  # factor of its step size: the best of 0.125, 0.25, 0.5, 1 and 2 on 22 prompts of the development half
@@ -55,7 +55,7 @@ CONDITIONS: dict[str, Callable[[Sequence[Prompt]], list[Control]]] = {
     # with binding, of half the schedule, dearer or cheaper
     "half": lambda prompts: bound(prompts, **SET),
     "ungated": lambda prompts: bound(prompts, **EVERY),
-    "seen-by-step": lambda prompts: bound(prompts, seen=SET["seen"], **EVERY),
+    "seen-by-step": lambda prompts: bound(prompts, peak_target=SET["peak_target"], **EVERY),
     "down-sites": lambda prompts: bound(prompts, preset="down", **SET),
     "bfloat16": lambda prompts: bound(prompts, bfloat16=True, **SET),
     "down-bfloat16": lambda prompts: bound(prompts, preset="down", bfloat16=True, **SET),

@@ -29,7 +29,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import attnctl
-from attnctl.engine import probe as gradient
+from attnctl.engine import passes
 from attnctl.processors import AStar, Excitation
 
 WIDTH = 120  # characters of the table of results
@@ -50,12 +50,12 @@ def controlled(control: Any) -> Setting:
 def to_the_end(pipe: Any, control: Any) -> Iterator[None]:
     """The extra forward does not stop after the last site."""
 
-    def see(self: gradient.Watch, call: Any) -> None:
+    def see(self: passes.Watch, call: Any) -> None:
         if callback := self.waiting.pop(call.site.name, None):
             callback(call)
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(gradient.Watch, "see", see))
+        stack.enter_context(patch.object(passes.Watch, "see", see))
         stack.enter_context(attnctl.attach(pipe, control))
         yield
 

@@ -13,12 +13,15 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
+import cases as pictures
 import effect
 import torch
 import typer
+from effect_report import between
 from measures import paired, rate
 from PIL import Image, ImageDraw, ImageFont
 from rich.box import SIMPLE_HEAD
@@ -28,9 +31,10 @@ from rich.table import Table
 
 import attnctl
 from attnctl.app import command
-from attnctl.app.loading import USUAL
+from attnctl.app.recipe import installed_versions, weights_hash
 from attnctl.glyph import judge
 from attnctl.glyph.words import COLOURS, CONCEPTS, OBJECTS, Prompt, benchmark, phrase
+from attnctl.loading import USUAL
 from attnctl.processors import Perturb
 
 FORWARDS = 40
@@ -64,9 +68,9 @@ def prompts() -> list[Prompt]:
     return [Prompt(phrase(*thing), "single", (thing,)) for thing in single] + benchmark()
 
 
-def picked(texts: Sequence[Prompt], half: effect.Half, singles: int, pairs: int) -> list[int]:
+def picked(texts: Sequence[Prompt], half: pictures.Half, singles: int, pairs: int) -> list[int]:
     """So many single things and pairs of a half, evenly spread."""
-    own = effect.half(texts, half)
+    own = pictures.half(texts, half)
     found = []
     for wanted, of_kind in ((singles, True), (pairs, False)):
         there = [k for k in own if (texts[k].category == "single") == of_kind]
@@ -106,7 +110,7 @@ def draw(pipe: Any, one: Condition, texts: list[str], seeds: list[int], guidance
     return images, None if trace is None else trace.effect
 
 
-def summary(conditions: Sequence[Condition], cases: Sequence[effect.Case], done: dict[str, Any], texts: Any) -> Any:
+def summary(conditions: Sequence[Condition], cases: Sequence[pictures.Case], done: dict[str, Any], texts: Any) -> Any:
     """Rates of each condition on single things, pairs and all, against no guidance and against CFG."""
     table: dict[str, Any] = {}
     for one in conditions:
@@ -141,7 +145,7 @@ def show(table: dict[str, Any], console: Console) -> None:
             for one in ("none", "cfg")
         ]
         moved = "" if row["effect"] is None else f"{row['effect']:.2%}"
-        parts = (effect.between(row[group]) for group in ("singles", "pairs", "all"))
+        parts = (between(row[group]) for group in ("singles", "pairs", "all"))
         page.add_row(name, str(row["steps"]), *parts, *change, moved, f"{row['seconds'] / first:.2f}")
     Console(width=max(140, console.width)).print(page)
 
@@ -156,7 +160,7 @@ def sheet(texts: Sequence[Prompt], chosen: Sequence[int], names: Sequence[str], 
         words = texts[k].text.replace(" and ", "\nand ").replace(" with ", "\nwith ")
         pen.text((left + x * (side + 8), 2), words, fill="black", font=font)
         for y, name in enumerate(names):
-            case = effect.Case(k, 0, name).name
+            case = pictures.Case(k, 0, name).name
             at = left + x * (side + 8), top + y * (side + 8)
             colour = "#2a9d3a" if done[case]["right"] else "#d62828"
             pen.rectangle((at[0], at[1], at[0] + side + 5, at[1] + side + 5), outline=colour, width=3)
@@ -188,31 +192,31 @@ def main(
     texts, console, pipe, eye = prompts(), Console(), attnctl.load(model), judge.load()
     pipe.set_progress_bar_config(disable=True)
     guidance = float(USUAL.get(model, {}).get("guidance", 7.5))
-    half = effect.Half.development if scan else effect.Half.report
+    half = pictures.Half.development if scan else pictures.Half.report
     chosen = picked(texts, half, singles, pairs)
     conditions = scan_conditions(pipe) if scan else report_conditions(heads, strength)
     by_name = {one.name: one for one in conditions}
-    cases = [effect.Case(k, seed, name) for name in by_name for seed in range(seeds) for k in chosen]
+    cases = [pictures.Case(k, seed, name) for name in by_name for seed in range(seeds) for k in chosen]
     setting = {
         "model": model,
-        "weights": effect.weights_hash(pipe),
-        "prompts": effect.sha256("\n".join(texts[k].text for k in chosen).encode()).hexdigest(),
+        "weights": weights_hash(pipe),
+        "prompts": sha256("\n".join(texts[k].text for k in chosen).encode()).hexdigest(),
         "guidance": guidance,
         "scale": scale,
         "batch": batch,
         "threads": threads,
-        "versions": effect.installed_versions(),
+        "versions": installed_versions(),
         "conditions": {name: [str(one)] for name, one in by_name.items()},
     }
     folder, log = out / "pictures", out / "results.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
-    with effect.opened(log) as results:
-        effect.agree(out / "setting.json", log, setting)
-        done = effect.read_done(log, folder)
+    with pictures.opened(log) as results:
+        pictures.agree(out / "setting.json", log, setting)
+        done = pictures.read_done(log, folder)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console) as bar:
             line = bar.add_task("drawing", total=len(cases), completed=sum(case.name in done for case in cases))
-            for group in effect.unfinished(cases, done, batch):
+            for group in pictures.unfinished(cases, done, batch):
                 bar.update(line, description=group[0].condition)
                 start = time.perf_counter()
                 asked = [texts[case.prompt] for case in group]
@@ -230,7 +234,7 @@ def main(
                 results.flush()
     table = summary(conditions, cases, done, texts)
     found = {"setting": setting, "seeds": seeds, "half": half, "rates": table}
-    effect.write(out / "perturb.json", json.dumps(found, indent=1))
+    pictures.write(out / "perturb.json", json.dumps(found, indent=1))
     show(table, console)
     console.print(f"{out / 'perturb.json'}")
     if not scan:

@@ -22,9 +22,9 @@ from rich.table import Table
 
 import attnctl
 from attnctl.app import command
-from attnctl.app.loading import USUAL
 from attnctl.glyph import judge
 from attnctl.glyph.words import Prompt, benchmark, phrase
+from attnctl.loading import USUAL
 from attnctl.processors import Isolation, Regions, Retention
 
 Box = tuple[float, float, float, float]

@@ -3,9 +3,9 @@
 from html import escape
 from typing import Any
 
+from attnctl.app.clicks import meant, said_of
 from attnctl.app.drawing import content_words
-from attnctl.app.word_clicks import meant, said_of
-from attnctl.words.phrases import WORD, words
+from attnctl.words.spelling import WORD, words
 
 
 def chips(prompt: str, controls: str) -> str:

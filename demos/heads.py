@@ -2,10 +2,8 @@
 
 from collections.abc import Sequence
 
-from attnctl.engine.heads import pick_heads, write_heads
+from attnctl.app.clicks import picked
 from attnctl.engine.sites import Site
-from attnctl.errors import AttnctlError
-from attnctl.files import no_files
 
 NO_GRID = "<p>Draw once with this model to see its heads here; or write them above, as block:head.</p>"
 
@@ -18,10 +16,10 @@ def grid(sites: Sequence[Site], heads: str) -> str:
             rows.setdefault(site.block, site)
     if not rows:
         return NO_GRID
-    picked = _picked(sites, heads)
+    chosen = picked(sites, heads)
     shown = []
     for block, site in rows.items():
-        on = picked.get(site, ())
+        on = chosen.get(site, ())
         place = site.name.split(".")[0].removesuffix("_blocks").removesuffix("_block")
         cells = [_cell("block", f"{block}", len(on) == site.heads, f"{place} {block}")]
         cells += [_cell("head", f"{block}:{head}", head in on, str(head)) for head in range(site.heads)]
@@ -32,20 +30,3 @@ def grid(sites: Sequence[Site], heads: str) -> str:
 def _cell(kind: str, key: str, on: bool, shows: str) -> str:
     named = f'class="{kind}" data-k="{key}" aria-pressed="{str(on).lower()}" aria-label="{kind} {key}"'
     return f"<button {named}>{shows}</button>"
-
-
-def _picked(sites: Sequence[Site], heads: str) -> dict[Site, tuple[int, ...]]:
-    try:
-        with no_files():
-            return pick_heads(sites, heads)
-    except AttnctlError:  # told when it is drawn
-        return {}
-
-
-def toggled(sites: Sequence[Site], heads: str, key: str) -> str:
-    """The text of the heads after a click on one, or on a block."""
-    picked = {site: set(own) for site, own in _picked(sites, heads).items()}
-    for site, own in pick_heads(sites, key).items():
-        there = picked.setdefault(site, set())
-        picked[site] = there - set(own) if there >= set(own) else there | set(own)
-    return write_heads({site: tuple(sorted(own)) for site, own in picked.items() if own})

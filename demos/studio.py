@@ -13,9 +13,10 @@ from typing import Any
 
 import gradio as gr
 
+from attnctl.app.clicks import clicked, toggled
 from attnctl.app.control_settings import Card, Setting, cards, changed, switched
+from attnctl.app.region_text import redrawn
 from attnctl.app.service import Service, lines
-from attnctl.app.word_clicks import clicked
 from attnctl.errors import AttnctlError
 
 from . import heads, regions, runs
@@ -155,7 +156,7 @@ def _views(ui: SimpleNamespace, studio: Service, known: dict[str, Card]) -> None
           trigger_mode="always_last", **QUIET)  # fmt: skip
 
     def drawn(boxes: str | None, size: str | None, event: gr.EventData) -> str:
-        return regions.redrawn(event._data["value"], boxes or "", sized(size))
+        return "\n".join(redrawn(event._data["value"], lines(boxes or ""), sized(size)))
 
     ui.canvas.input(drawn, [ui.regions, ui.size], ui.regions, **QUIET)
     filled = [ui.prompt, ui.controls, ui.regions, ui.seed, ui.guidance]
@@ -221,7 +222,7 @@ def _cards(ui: SimpleNamespace, studio: Service, known: dict[str, Card]) -> None
 
                 @told
                 def click(text: str, event: gr.EventData) -> tuple[str, str]:
-                    new = heads.toggled(places, text, event._data["value"])
+                    new = toggled(places, text, event._data["value"])
                     return new, heads.grid(places, new)
 
                 wire(board.select(click, field, [field, board], **QUIET).then, setting, [field])

@@ -15,15 +15,15 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from attnctl.app.loading import load
 from attnctl.engine.attachment import Attachment, attach
 from attnctl.engine.control import Control
-from attnctl.engine.families import family_of
+from attnctl.engine.families.registry import family_of
 from attnctl.errors import ControlError
-from attnctl.maps.reader import TokenMaps
+from attnctl.loading import load
+from attnctl.maps.recorder import TokenMaps
 from attnctl.processors.astar import AStar
 from attnctl.processors.binding import bonds_of
-from attnctl.words.phrases import occurrences
+from attnctl.words.spelling import occurrences
 from attnctl.words.subjects import read_subjects
 
 Bonds = tuple[tuple[str, str], ...]  # (modifier, noun)

@@ -4,10 +4,12 @@ A method knows the engine (`attnctl`), no model family and no pipeline class. `C
 """
 
 from attnctl.engine.control import Control
-from attnctl.maps.reader import TokenMaps
+from attnctl.maps.recorder import TokenMaps
 
 from .astar import AStar
 from .binding import Binding
+from .couple import Couple
+from .dense_regions import DenseRegions
 from .excitation import Excitation
 from .perturb import Pag, Perturb, Seg, Slg, Tpg
 from .regions import Isolation, Regions
@@ -15,6 +17,6 @@ from .retention import Retention
 from .segregation import Segregation
 
 __all__ = [
-    "AStar", "Binding", "Control", "Excitation", "Isolation", "Pag", "Perturb", "Regions", "Retention", "Seg",
-    "Segregation", "Slg", "TokenMaps", "Tpg",
+    "AStar", "Binding", "Control", "Couple", "DenseRegions", "Excitation", "Isolation", "Pag", "Perturb", "Regions",
+    "Retention", "Seg", "Segregation", "Slg", "TokenMaps", "Tpg",
 ]  # fmt: skip

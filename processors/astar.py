@@ -2,10 +2,10 @@
 
 A-STAR: Test-time Attention Segregation and Retention (Agarwal et al., ICCV 2023, arXiv 2306.14544), equation 4.
 
-What is ours: the paper acts on every picture and at every step, we by default leave alone what a look ahead finds sound
-and guide the early steps of the rest, with little retention. What the paper leaves open (size of a step, sites,
-preparation of maps, how a mask is made) is a setting each. `AStar(..., preset="paper")` is as near to it as its text
-allows.
+What is ours: the paper acts on every picture and at every step; we by default leave alone what a look ahead finds
+complete and guide the early steps of the rest, with little retention. What the paper leaves open (size of a step,
+sites, preparation of maps, how a mask is made) is a setting each. `AStar(..., preset="paper")` is as near to it as its
+text allows.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any, ClassVar
 from attnctl.engine.run import Step
 from attnctl.errors import ControlError
 from attnctl.processors.latents.descent import MapDescent, check_phrases, phrases_first
+from attnctl.processors.latents.loss_terms import Loss
+from attnctl.processors.latents.masks import Rule
 from attnctl.regions import named_regions
 
 from .binding import Bind, Bond, bonds_of, ends
-from .loss_terms import Loss
-from .losses import Rule
 from .retention import RULE, SHARE, Keep, Masks, check_rule
 from .segregation import PRESETS as SEGREGATION
-from .segregation import SOUND, Apart, every_pair
+from .segregation import USUAL_PEAK, Apart, every_pair
 
 PRESETS: dict[str, dict[str, Any]] = {
     **SEGREGATION,
@@ -50,8 +50,8 @@ class AStar(MapDescent):
             binding None: 0.5, or 0.03 where there are masks, because it knows no bound and would drown them.
         placing: weight of retention for phrases with a region, which the paper does not set apart (ours). A picture
             with a region is never left alone, whatever a look ahead sees.
-        look_ahead, seen, window: as for `MapDescent`; by default a look ahead of 2 steps for 0.3, and the early steps,
-            or all steps if there are masks.
+        look_ahead, peak_target, window: as for `MapDescent`; by default a look ahead of 2 steps for 0.3, and the early
+            steps, or all steps if there are masks.
         preset: "thorough", "always", "down" or "paper", see `PRESETS`; settings beside it come first. It is not kept:
             the other settings hold what it stands for.
 
@@ -76,7 +76,7 @@ class AStar(MapDescent):
     window: tuple[float, float] | None = None
     preset: str | None = None
 
-    sound: ClassVar[float | None] = SOUND
+    usual_peak: ClassVar[float | None] = USUAL_PEAK
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
 
     def check(self) -> None:

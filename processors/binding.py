@@ -3,6 +3,10 @@
 SynGen: Linguistic Binding in Diffusion Models (Rassin et al., NeurIPS 2023, arXiv 2306.08877). Which word belongs to
 which is said by hand here; the original reads it from the prompt's syntax. Words of several tokens are summed; the
 original takes the worst of their tokens.
+
+Maps are (images, phrases, height, width), not negative; a loss is worked out image by image, in the maps' precision.
+"..._parts" gives one value per bond, "..._loss" one per image. A part whose phrase an image does not have is 0, without
+gradient.
 """
 
 from __future__ import annotations
@@ -16,13 +20,63 @@ from torch import Tensor
 from attnctl.engine.run import Run
 from attnctl.errors import ControlError
 from attnctl.processors.latents.descent import MapDescent, phrases_first
-from attnctl.processors.latents.map_gradient import Wanted
-from attnctl.words.phrases import NUMBERED, TextStream, text_rows
-
-from .loss_terms import Loss, View
-from .losses import binding_parts
+from attnctl.processors.latents.loss_terms import Loss, View
+from attnctl.processors.latents.map_gradient import PhraseTokens
+from attnctl.words.phrases import TextStream, text_rows
+from attnctl.words.spelling import NUMBERED
 
 Bond = str | tuple[str, str]
+Pairs = Sequence[tuple[int, int]]
+
+
+def divergence(one: Tensor, other: Tensor, eps: float = 1e-8) -> Tensor:
+    """Symmetric Kullback-Leibler divergence, the mean of both directions, of maps over the last two dimensions.
+
+    Args:
+        one, other: shapes that broadcast; each map is divided by its sum first, and no cell counts as less than `eps`.
+    """
+    p, q = (x / x.sum((-2, -1), keepdim=True).clamp_min(eps) for x in (one, other))
+    p, q = p.clamp_min(eps), q.clamp_min(eps)
+    return 0.5 * ((p - q) * (p.log() - q.log())).sum((-2, -1))
+
+
+def binding_parts(
+    maps: Tensor, bonds: Pairs, others: Tensor, apart: Tensor, present: Tensor | None = None, eps: float = 1e-8
+) -> Tensor:
+    """The loss of each bond, (images, bonds). Arguments as `binding_loss`."""
+    first, second = ([bond[side] for bond in bonds] for side in (0, 1))
+    modifier, noun = maps[:, first], maps[:, second]  # (images, bonds, height, width)
+    count = apart.sum(-1).clamp_min(1)
+
+    def away(own: Tensor) -> Tensor:
+        each = divergence(own[:, :, None], others[:, None], eps)  # (images, bonds, others)
+        return torch.where(apart.bool(), each, 0.0).sum(-1) / count
+
+    parts = divergence(modifier, noun, eps) - 0.5 * (away(modifier) + away(noun))
+    return parts if present is None else torch.where(present[:, first] & present[:, second], parts, 0.0)
+
+
+def binding_loss(
+    maps: Tensor, bonds: Pairs, others: Tensor, apart: Tensor, present: Tensor | None = None, eps: float = 1e-8
+) -> Tensor:
+    """SynGen: a modifier looks where its noun looks, and both look elsewhere than the rest of the prompt.
+
+    For a modifier m and its noun n, D being `divergence` and u running over the other tokens:
+    D(m, n) - (mean over u of D(m, u) + mean over u of D(n, u)) / 2, summed over the bonds. It has no lower bound but
+    that of `eps`.
+
+    Args:
+        maps: (images, phrases, height, width), not negative.
+        bonds: (modifier, noun), phrases by number.
+        others: (images, others, height, width), the maps to keep away from.
+        apart: (images, bonds, others), which of them a bond keeps away from; with none, only D(m, n) is left.
+        present: (images, phrases); a bond counts only in images that have both phrases. None: all have all.
+        eps: smallest share of a cell.
+
+    Returns:
+        (images,).
+    """
+    return binding_parts(maps, bonds, others, apart, present, eps).sum(-1)
 
 
 class Bind(Loss):
@@ -37,7 +91,9 @@ class Bind(Loss):
         written = [(bond, ends(bond)[1]) if isinstance(bond, str) else bond for bond in bonds]
         super().__init__([phrase for pair in written for phrase in pair], weight)
 
-    def begin(self, run: Run, names: tuple[str, ...], texts: Sequence[tuple[TextStream, ...]], found: Wanted) -> Tensor:
+    def begin(
+        self, run: Run, names: tuple[str, ...], texts: Sequence[tuple[TextStream, ...]], found: PhraseTokens
+    ) -> Tensor:
         members = {name: found.members[:, column] for column, name in enumerate(names)}  # (images, tokens) each
         modifiers, nouns = [], []
         for bond in self.bonds:

@@ -9,6 +9,9 @@ This is region-constrained attention (RCA) as in PrimeComposer (Wang et al., ACM
 number of phrases; `inside` is ours. The tokens that belong to no phrase stay open to all places, so no row of the map
 is ever empty. `Isolation` closes the picture's own attention between places of different regions, as Bounded
 Attention does (Dahary et al., ECCV 2024, arXiv 2403.16990): a place of region r sees M_r and what is in no region.
+
+Where text and picture are one sequence, both act by row groups: places that may see the same keys are one call of the
+model's own kernel, and no mask of all queries by all keys is made.
 """
 
 from __future__ import annotations
@@ -21,26 +24,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attnctl.engine.control import AttentionCall, Control, Lane, Proceed
+from attnctl.areas import on_grid
+from attnctl.engine.control import AttentionCall, Control, Lane, Proceed, check_window, check_window_in_run
 from attnctl.engine.run import Run, Step
-from attnctl.engine.sites import Selection, Site, select
+from attnctl.engine.sites import Selection, Site, select, with_text
 from attnctl.errors import ControlError, PhraseError
-from attnctl.maps.reader import check_rows, check_window, with_text
+from attnctl.maps.reader import check_rows
 from attnctl.regions import Region, named_regions
+from attnctl.words.phrases import tokens
+
+from .row_groups import Group, Part, RowGroups, alike, by_membership, joined, together
 
 Masks = tuple[tuple[str, Any], ...]  # (phrase, anything a Region is made of)
 
 # --- maths ------------------------------------------------------------------------------------------------------------
-
-
-def on_grid(region: Region, grid: tuple[int, int], picture: tuple[int, int]) -> Tensor:
-    """The cells of a grid that belong to a region, (height, width) bool: half of the cell or more lies inside.
-
-    A region that would vanish keeps the cells it covers most. So no region is ever empty.
-    """
-    covered = region.on(grid, picture)
-    inside = covered >= 0.5
-    return inside if inside.any() else covered >= covered.max()
 
 
 def constrained(
@@ -81,11 +78,38 @@ class Placed:
     regions: tuple[Region, ...]
     tokens: list[list[list[int]]]  # image, phrase, text rows; empty where the image's prompt has no such phrase
     picture: tuple[int, int]
-    biases: dict[Any, Tensor] = field(default_factory=dict)
+    grids: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    made: dict[str, Tensor | RowGroups] = field(default_factory=dict)  # biases and row groups, by what they depend on
 
     def masks(self, grid: tuple[int, int], chosen: Sequence[int]) -> Tensor:
         """(regions, cells) bool."""
-        return torch.stack([on_grid(self.regions[number], grid, self.picture).flatten() for number in chosen])
+        if grid not in self.grids:
+            self.grids[grid] = torch.stack([on_grid(region, grid, self.picture).flatten() for region in self.regions])
+        return self.grids[grid][list(chosen)]
+
+
+def placed_phrases(run: Run, masks: Masks) -> Placed:
+    """The regions of phrases in a run.
+
+    Raises:
+        PhraseError: no prompt has a phrase, or an image has none of them.
+    """
+    found: list[list[list[int]]] = []
+    trouble: dict[str, PhraseError] = {}
+    for image in range(run.images):
+        found.append([])
+        for phrase, _ in masks:
+            try:
+                found[-1].append(tokens(run, phrase, image))
+            except PhraseError as error:
+                trouble.setdefault(phrase, error)
+                found[-1].append([])
+        if not any(found[-1]):
+            raise next(iter(trouble.values()))
+    for number, (phrase, _) in enumerate(masks):
+        if not any(image[number] for image in found):
+            raise trouble[phrase]
+    return Placed(tuple(region for _, region in masks), found, run.picture)
 
 
 def open_in(step: Step, window: tuple[float, float]) -> bool:
@@ -140,54 +164,62 @@ class Regions(Control):
         return with_text(available, self.where)
 
     def begin(self, run: Run) -> Placed:
-        found: list[list[list[int]]] = []
-        trouble: dict[str, PhraseError] = {}
-        for image in range(run.images):
-            found.append([])
-            for phrase in self.phrases:
-                try:
-                    found[-1].append(run.tokens(phrase, image))
-                except PhraseError as error:
-                    trouble.setdefault(phrase, error)
-                    found[-1].append([])
-            if not any(found[-1]):
-                raise next(iter(trouble.values()))
-        for number, phrase in enumerate(self.phrases):
-            if not any(image[number] for image in found):
-                raise trouble[phrase]
-        return Placed(tuple(region for _, region in self.masks), found, run.picture)
+        if self.strength or self.inside:
+            check_window_in_run(self.window, run)
+        return placed_phrases(run, self.masks)
 
     def attend(self, call: AttentionCall, proceed: Proceed) -> Tensor:
         if not open_in(call.step, self.window) or not (self.strength or self.inside):
             return proceed(call)
         placed: Placed = call.step.run.state(self)
-        rows, images = call.step.rows, call.step.images
-        shape = (call.grid, call.k.shape[2], call.text, call.q.dtype, call.q.device, rows.total, rows.cond, images)
-        if str(shape) not in placed.biases:
-            placed.biases[str(shape)] = self._bias(call, placed).to(call.q)
-        return proceed(call.add_bias(placed.biases[str(shape)]))
+        joint, images = call.site.kind == "joint", call.step.images
+        shape = str((joint, call.grid, call.k.shape[2], call.text, call.q.dtype, call.q.device, call.step.rows, images))
+        if shape not in placed.made:
+            texts = [self._text(call, placed, image) for image in images]
+            placed.made[shape] = self._groups(call, texts) if joint else self._bias(call, [bias for bias, _ in texts])
+        made = placed.made[shape]
+        return proceed(call.add_bias(made) if isinstance(made, Tensor) else call.add_groups(made))
 
-    def _bias(self, call: AttentionCall, placed: Placed) -> Tensor:
-        """(rows, 1, queries, keys), of one row where all are the same."""
-        rows, images = call.step.rows, call.step.images
-        cond = rows.cond
-        assert cond is not None
-        bias = torch.zeros(rows.total, 1, call.q.shape[2], call.k.shape[2])
+    def _text(self, call: AttentionCall, placed: Placed, image: int) -> tuple[Tensor, Tensor]:
+        """What is added to one image's logits, (cells, text keys), and the masks of its phrases, (phrases, cells)."""
+        chosen = [number for number, own in enumerate(placed.tokens[image]) if own]
+        own = [placed.tokens[image][number] for number in chosen]
+        check_rows(call, max(map(max, own)))
+        masks = placed.masks(call.grid, chosen)
         outside = -math.inf if self.strength == 1 else math.log1p(-self.strength)
-        for row, image in zip(range(cond.start, cond.stop), images, strict=True):
-            chosen = [number for number, own in enumerate(placed.tokens[image]) if own]
-            own = [placed.tokens[image][number] for number in chosen]
-            last = max(map(max, own))
-            check_rows(call, last)
-            masks = placed.masks(call.grid, chosen)
-            text = constrained(masks, own, call.text.stop - call.text.start, self.inside, outside)
-            if text.isneginf().all(1).any():
-                raise ControlError(
-                    f"{call.site.name} would have places without any token; leave words out of the regions"
-                )
+        text = constrained(masks, own, call.text.stop - call.text.start, self.inside, outside)
+        if text.isneginf().all(1).any():
+            raise ControlError(f"{call.site.name} would have places without any token; leave words out of the regions")
+        return text, masks
+
+    def _bias(self, call: AttentionCall, texts: list[Tensor]) -> Tensor:
+        """(rows, 1, queries, keys) of a cross site, of one row where all are the same."""
+        rows = call.step.rows
+        assert rows.cond is not None
+        bias = torch.zeros(rows.total, 1, call.q.shape[2], call.k.shape[2])
+        for row, text in zip(range(rows.cond.start, rows.cond.stop), texts, strict=True):
             bias[row, 0, call.image, call.text] = text
-        alike = rows.total == cond.stop - cond.start and bool((bias == bias[:1]).all())
-        return bias[:1] if alike else bias
+        alike = rows.total == rows.cond.stop - rows.cond.start and bool((bias == bias[:1]).all())
+        return (bias[:1] if alike else bias).to(call.q)
+
+    def _groups(self, call: AttentionCall, texts: list[tuple[Tensor, Tensor]]) -> RowGroups:
+        """The rows of a joint site: places of one kind see the same keys, all other rows see all keys."""
+        rows, size = call.step.rows, call.q.shape[2]
+        assert rows.cond is not None
+        everything = torch.arange(size)
+        others = torch.cat([everything[: call.image.start], everything[call.image.stop :]])
+        plain = Group(everything, everything)
+        parts = [] if rows.uncond is None else [Part(rows.uncond, (plain,))]
+        for row, (text, masks) in zip(range(rows.cond.start, rows.cond.stop), texts, strict=True):
+            groups = [Group(others, everything)]
+            for _, cells in by_membership(masks):
+                bias = torch.zeros(size)
+                bias[call.text] = text[cells[0]]  # the places of one kind have one bias
+                keys = (~bias.isneginf()).nonzero().flatten()
+                own = bias[keys]
+                groups.append(Group(call.image.start + cells, keys, None, own if own.any() else None))
+            parts.append(Part(slice(row, row + 1), together(groups)))
+        return RowGroups(alike(parts, rows.total), size, call.k.shape[2])
 
 
 @dataclass(frozen=True)
@@ -229,10 +261,19 @@ class Isolation(Control):
         if not self.window[0] <= call.step.fraction < self.window[1] or call.site.kind not in ("self", "joint"):
             return proceed(call)
         placed: Placed = call.step.run.state(self)
-        shape = str((call.grid, call.k.shape[2], call.image, call.q.dtype, call.q.device))
-        if shape not in placed.biases:
-            may = isolated(placed.masks(call.grid, range(len(placed.regions))))
-            bias = torch.zeros(1, 1, call.q.shape[2], call.k.shape[2])
-            bias[0, 0, call.image, call.image].masked_fill_(~may, -math.inf)
-            placed.biases[shape] = bias.to(call.q)
-        return proceed(call.add_bias(placed.biases[shape]))
+        shape = str((call.grid, call.k.shape[2], call.image))
+        if shape not in placed.made:
+            placed.made[shape] = self._groups(call, placed.masks(call.grid, range(len(placed.regions))))
+        groups = placed.made[shape]
+        assert isinstance(groups, RowGroups)
+        return proceed(call.add_groups(groups))
+
+    def _groups(self, call: AttentionCall, masks: Tensor) -> RowGroups:
+        everything = torch.arange(call.q.shape[2])
+        others = torch.cat([everything[: call.image.start], everything[call.image.stop :]])
+        may = isolated(masks)
+        groups = [Group(others, everything)] if len(others) else []
+        for _, cells in by_membership(masks):
+            seen = call.image.start + may[cells[0]].nonzero().flatten()
+            groups.append(Group(call.image.start + cells, joined(others, seen)))
+        return RowGroups((Part(None, together(groups)),), call.q.shape[2], call.k.shape[2])

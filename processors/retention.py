@@ -2,6 +2,10 @@
 
 A-STAR: Test-time Attention Segregation and Retention (Agarwal et al., ICCV 2023, arXiv 2306.14544), equation 3. With
 masks of the user's own, as in its figure 12, it controls the layout.
+
+Maps are (images, phrases, height, width), not negative; a loss is worked out image by image, in the maps' precision.
+"..._parts" gives one value per phrase, "..._loss" one per image. A part whose phrase an image does not have is 0,
+without gradient.
 """
 
 from __future__ import annotations
@@ -15,16 +19,44 @@ from torch import Tensor
 from attnctl.engine.run import Run
 from attnctl.errors import ControlError
 from attnctl.processors.latents.descent import MapDescent, check_phrases, phrases_first
-from attnctl.processors.latents.map_gradient import Wanted
+from attnctl.processors.latents.loss_terms import Loss, OfPhrases, View
+from attnctl.processors.latents.map_gradient import PhraseTokens
+from attnctl.processors.latents.masks import Rule, binarise
+from attnctl.processors.segregation import overlap
 from attnctl.regions import Region, named_regions
 from attnctl.words.phrases import TextStream
-
-from .loss_terms import Loss, OfPhrases, View
-from .losses import Rule, binarise, retention_parts
 
 Masks = tuple[tuple[str, Any], ...]  # (phrase, anything a Region is made of)
 RULE: Rule = "quantile"
 SHARE = 0.14  # of the cells
+
+
+def retention_parts(maps: Tensor, masks: Tensor, present: Tensor | None = None, eps: float = 1e-8) -> Tensor:
+    """1 - overlap with its mask for each phrase, (images, phrases), from 0.5 to 1. Arguments as `retention_loss`.
+
+    An empty mask gives 1 and no gradient.
+    """
+    some = masks.flatten(-2).any(-1)
+    parts = 1 - torch.where(some, overlap(maps, masks, eps), 0.0)
+    return parts if present is None else torch.where(present, parts, 0.0)
+
+
+def retention_loss(maps: Tensor, masks: Tensor, present: Tensor | None = None, eps: float = 1e-8) -> Tensor:
+    """A-STAR, equation 3: the sum over phrases of 1 - sum(min(a, b)) / sum(a + b), b being the phrase's mask.
+
+    The least it can be is 0.5 per phrase. Maps whose highest value is far from 1 have a loss near 1 and hardly any
+    slope against masks of zeros and ones: then bring both to the same scale first.
+
+    Args:
+        maps: (images, phrases, height, width), not negative.
+        masks: of the same shape, not negative, without gradient.
+        present: (images, phrases), which phrases count. None: all.
+        eps: smallest denominator.
+
+    Returns:
+        (images,), from 0.5 to 1 per phrase.
+    """
+    return retention_parts(maps, masks, present, eps).sum(-1)
 
 
 class Keep(OfPhrases):
@@ -33,7 +65,7 @@ class Keep(OfPhrases):
     A phrase's mask is the high part of its map as it was last read in the step before, or a region given for it.
     Without a region a phrase has no mask, and no loss, until a step is over; where a part of it has a region, as the
     "cat" of "black cat" may, that alone counts. Steps are counted as calls of the denoiser, since a scheduler may
-    repeat a timestep. `weight` is of phrases without a region, `placing` of those with one, which insist.
+    repeat a timestep. `weight` is of phrases without a region, `placing` of those with one, which are always met.
     """
 
     name = "retention"
@@ -50,7 +82,9 @@ class Keep(OfPhrases):
         self.latest: Tensor | None = None  # (all images, phrases, height, width): maps as last read
         self.masks: Tensor | None = None  # of the same shape
 
-    def begin(self, run: Run, names: tuple[str, ...], texts: Sequence[tuple[TextStream, ...]], found: Wanted) -> Tensor:
+    def begin(
+        self, run: Run, names: tuple[str, ...], texts: Sequence[tuple[TextStream, ...]], found: PhraseTokens
+    ) -> Tensor:
         self.picture = run.picture
         super().begin(run, names, texts, found)
         members = found.members[:, self.columns]
@@ -59,7 +93,7 @@ class Keep(OfPhrases):
         within = members @ members.mT == members.sum(-1)[:, None]  # the second phrase is all in the first
         self.present = placed | (self.present & ~(within & placed[:, None]).any(-1))
         self.present &= self.weight > 0
-        self.insists = (placed & self.present).any(-1)
+        self.always = (placed & self.present).any(-1)
         return self.present.any(-1)
 
     def begin_step(self, index: int) -> None:

@@ -3,8 +3,12 @@
 A-STAR: Test-time Attention Segregation and Retention (Agarwal et al., ICCV 2023, arXiv 2306.14544), equation 2.
 
 The paper acts on every picture and at every step. By default we look ahead first, leave a picture alone that will be
-sound, and guide the early steps of the others. The paper does not state its step size, layers or preparation of maps.
-Those are settings, and their defaults are ours.
+complete, and guide the early steps of the others. The paper does not state its step size, layers or preparation of
+maps. Those are settings, and their defaults are ours.
+
+Maps are (images, phrases, height, width), not negative; a loss is worked out image by image, in the maps' precision.
+"..._parts" gives one value per pair, "..._loss" one per image. A part whose phrase an image does not have is 0, without
+gradient.
 """
 
 from __future__ import annotations
@@ -19,13 +23,12 @@ from torch import Tensor
 from attnctl.engine.run import Run
 from attnctl.errors import ControlError, of_image
 from attnctl.processors.latents.descent import MapDescent, phrases_first
-from attnctl.processors.latents.map_gradient import Wanted
+from attnctl.processors.latents.loss_terms import Loss, OfPairs, View
+from attnctl.processors.latents.map_gradient import PhraseTokens
 from attnctl.words.phrases import TextStream
 
-from .loss_terms import Loss, OfPairs, View
-from .losses import segregation_parts
-
 Pair = tuple[str, str]
+Pairs = Sequence[tuple[int, int]]
 PRESETS: dict[str, dict[str, Any]] = {
     "thorough": {"window": (0.0, 0.5)},
     "always": {"look_ahead": 0},
@@ -38,7 +41,37 @@ PRESETS: dict[str, dict[str, Any]] = {
 down of a UNet only, so that the extra forward ends early; half the extra time in SD 1. "paper": every picture, at every
 step, with what A-STAR leaves open as Attend-and-Excite has it.
 """
-SOUND = 0.3  # probability; told sound pictures of glyph-sd from others on the development half
+USUAL_PEAK = 0.3  # probability; told complete pictures of glyph-sd from others on the development half
+
+
+def overlap(one: Tensor, other: Tensor, eps: float = 1e-8) -> Tensor:
+    """sum(min(a, b)) / sum(a + b) over the last two dimensions: from 0 (apart) to 0.5 (the same); 0 if both are empty.
+
+    Of maps that sum to 1 it is (1 - total variation distance) / 2.
+    """
+    return torch.minimum(one, other).sum((-2, -1)) / (one + other).sum((-2, -1)).clamp_min(eps)
+
+
+def segregation_parts(maps: Tensor, pairs: Pairs, present: Tensor | None = None, eps: float = 1e-8) -> Tensor:
+    """The overlap of each pair, (images, pairs), from 0 to 0.5. Arguments as `segregation_loss`."""
+    first, second = ([pair[side] for pair in pairs] for side in (0, 1))
+    parts = overlap(maps[:, first], maps[:, second], eps)
+    return parts if present is None else torch.where(present[:, first] & present[:, second], parts, 0.0)
+
+
+def segregation_loss(maps: Tensor, pairs: Pairs, present: Tensor | None = None, eps: float = 1e-8) -> Tensor:
+    """A-STAR, equation 2: the sum over pairs of sum(min(a, b)) / sum(a + b).
+
+    Args:
+        maps: (images, phrases, height, width), not negative.
+        pairs: phrases to keep apart, by number.
+        present: (images, phrases); a pair counts only in images that have both phrases. None: all have all.
+        eps: smallest denominator, so that two empty maps have loss 0.
+
+    Returns:
+        (images,), from 0 to 0.5 per pair.
+    """
+    return segregation_parts(maps, pairs, present, eps).sum(-1)
 
 
 class Apart(OfPairs):
@@ -55,7 +88,9 @@ class Apart(OfPairs):
         self.alone = {phrase for phrase in phrases if isinstance(phrase, str)}
         self.chosen = {phrase for phrase in phrases if not isinstance(phrase, str)}
 
-    def begin(self, run: Run, names: tuple[str, ...], texts: Sequence[tuple[TextStream, ...]], found: Wanted) -> Tensor:
+    def begin(
+        self, run: Run, names: tuple[str, ...], texts: Sequence[tuple[TextStream, ...]], found: PhraseTokens
+    ) -> Tensor:
         super().begin(run, names, texts, found)
         alone = [column for column, name in enumerate(names) if name in self.alone]
         whole = found.present.clone()
@@ -104,7 +139,8 @@ class Segregation(MapDescent):
 
     Args:
         phrases: what to keep apart; every two of them are a pair. Or pairs, each a tuple of two phrases.
-        look_ahead, seen, window: as for `MapDescent`; by default a look ahead of 2 steps for 0.3, and the early steps.
+        look_ahead, peak_target, window: as for `MapDescent`; by default a look ahead of 2 steps for 0.3, and the early
+            steps.
         preset: "thorough", "always", "down" or "paper", see `PRESETS`; settings beside it come first. It is not kept:
             the other settings hold what it stands for.
 
@@ -122,7 +158,7 @@ class Segregation(MapDescent):
     window: tuple[float, float] | None = None
     preset: str | None = None
 
-    sound: ClassVar[float | None] = SOUND
+    usual_peak: ClassVar[float | None] = USUAL_PEAK
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
 
     def check(self) -> None:

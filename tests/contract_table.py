@@ -20,6 +20,8 @@ from attnctl.engine.control import Control
 from attnctl.processors import (
     AStar,
     Binding,
+    Couple,
+    DenseRegions,
     Excitation,
     Isolation,
     Pag,
@@ -69,7 +71,7 @@ CASES = {
     ),
     "binding": Case(lambda: Binding(("and", "dog"), relative=0.1), lambda: Binding(("and", "dog"), strength=0.0)),
     "astar": Case(
-        lambda: AStar("cat", "dog", bonds=(("and", "cat"),), updates=2, enough=0.1, relative=0.1),
+        lambda: AStar("cat", "dog", bonds=(("and", "cat"),), updates=2, loss_target=0.1, relative=0.1),
         lambda: AStar("cat", "dog", strength=0.0),
     ),
     "perturb": Case(lambda: Perturb("1:0 2", u=0.7, scale=6.0), lambda: Perturb("1:0 2", scale=0.0)),
@@ -96,6 +98,14 @@ CASES = {
         lambda: Isolation({"one": LEFT, "other": (0.5, 0, 1, 1)}, window=(0, 1)),
         lambda: Isolation({"one": (0, 0, 1, 1), "other": (0, 0, 1, 1)}),
         families=("sd1", "sdxl", "sd3", "sd35", "flux"),
+    ),
+    "dense": Case(
+        lambda: DenseRegions({"cat": LEFT, "dog": (0.5, 0, 1, 1)}, window=(0, 1)),
+        lambda: DenseRegions({"cat": LEFT}, strength=0.0, self_strength=0.0),
+    ),
+    "couple": Case(
+        lambda: Couple({"a red dog": LEFT, "a blue cat": (0.5, 0, 1, 1)}, base=0.1, negatives={"a red dog": "and"}),
+        lambda: Couple({"a red dog": LEFT}, base=1.0),
     ),
     "shuffle": Case(lambda: Tpg("1"), lambda: Tpg("1", scale=0.0), families=("sd1", "sd3")),
 }  # fmt: skip

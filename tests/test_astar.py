@@ -9,9 +9,11 @@ import torch
 from attnctl import attach
 from attnctl.errors import ControlError, PhraseError
 from attnctl.processors import AStar, Binding, Control, Excitation, Retention, Segregation, TokenMaps
-from attnctl.processors.latents.map_gradient import Wanted
-from attnctl.processors.losses import binarise, binding_loss, retention_loss, segregation_loss
-from attnctl.processors.retention import Keep
+from attnctl.processors.binding import binding_loss
+from attnctl.processors.latents.map_gradient import PhraseTokens
+from attnctl.processors.latents.masks import binarise
+from attnctl.processors.retention import Keep, retention_loss
+from attnctl.processors.segregation import segregation_loss
 
 TEXTS = ["a cat and a red dog", "a red dog and a cat"]
 
@@ -103,7 +105,7 @@ def keep_of(images=2, **settings):
     keep = Keep(("cat", "dog"), **settings)
     run = SimpleNamespace(picture=(32, 48))
     rows = torch.tensor([[2, 5]]).expand(images, 2)
-    found = Wanted(
+    found = PhraseTokens(
         rows, torch.ones_like(rows, dtype=torch.bool), torch.eye(2).expand(images, 2, 2), torch.eye(2)[None, :, None]
     )
     keep.begin(run, ("cat", "dog"), [], found)
@@ -192,7 +194,7 @@ def test_an_image_that_has_enough_stops_costing(pipe):
     losses = trace_of(pipe, Segregation("cat", "dog", relative=1e-3), steps=1).losses[0]
     middle = float(losses.mean())
     low, high = int(losses.argmin()), int(losses.argmax())
-    trace = trace_of(pipe, Segregation("cat", "dog", relative=1e-3, updates=3, enough=middle), steps=1)
+    trace = trace_of(pipe, Segregation("cat", "dog", relative=1e-3, updates=3, loss_target=middle), steps=1)
     assert [update.images for update in trace.updates] == [(high,)] * 3
     assert [one.images for one in trace.evaluations] == [(0, 1), (high,), (high,)]
     every = trace_of(pipe, Segregation("cat", "dog", relative=1e-3, updates=3), steps=1)
@@ -201,7 +203,7 @@ def test_an_image_that_has_enough_stops_costing(pipe):
         assert one[low].isnan()
     moves = Moves()
     moves.seen = []
-    still = Segregation("cat", "dog", updates=3, enough=1.0, window=(0, 1))
+    still = Segregation("cat", "dog", updates=3, loss_target=1.0, window=(0, 1))
     with attach(pipe, still, moves) as run:
         tiny.draw(pipe, TEXTS, steps=2)
     assert moves.seen == [True, True] and len(run.run.state(still).evaluations) == 2
@@ -209,7 +211,7 @@ def test_an_image_that_has_enough_stops_costing(pipe):
 
 def test_an_image_whose_phrases_are_all_seen_stops_costing(pipe):
     free = trace_of(pipe, Segregation("cat", "dog", relative=1e-3, look_ahead=0), steps=1)
-    peaks = free.evaluations[0].seen
+    peaks = free.evaluations[0].peaks
     sites = [site.layer for site in free.sites]
     kept = TokenMaps("cat", "dog", keep="layer")
     with attach(pipe, kept) as run:
@@ -219,14 +221,16 @@ def test_an_image_whose_phrases_are_all_seen_stops_costing(pipe):
     torch.testing.assert_close(peaks, torch.minimum(*by_hand), atol=1e-6, rtol=1e-4)
     low = int(peaks.argmin())
     trace = trace_of(
-        pipe, Segregation("cat", "dog", relative=1e-3, look_ahead=0, updates=2, seen=float(peaks.mean())), steps=1
+        pipe,
+        Segregation("cat", "dog", relative=1e-3, look_ahead=0, updates=2, peak_target=float(peaks.mean())),
+        steps=1,
     )
     assert [update.images for update in trace.updates] == [(low,)] * 2
     one = trace.to_dict()["steps"][0]["evaluations"][0]
-    assert one["seen"] == pytest.approx(peaks.tolist())
+    assert one["peaks"] == pytest.approx(peaks.tolist())
     for wrong in (0.0, -1.0, float("nan"), 1.5):
-        with pytest.raises(ControlError, match="seen is a probability"):
-            Segregation("cat", "dog", seen=wrong)
+        with pytest.raises(ControlError, match="peak_target is a probability"):
+            Segregation("cat", "dog", peak_target=wrong)
 
 
 def test_bfloat16_finds_nearly_the_same_gradient(pipe):

@@ -55,8 +55,8 @@ def test_errors_come_early_and_in_words():
 def test_from_pretrained_takes_an_embedded_name(monkeypatch):
     asked = {}
     monkeypatch.setattr("attnctl.pipelines.astar.load", lambda model, **options: asked.update(options, model=model))
-    astar = AStarPipeline.from_pretrained("glyph-sd", device="cpu", look_ahead=2, seen=0.2)
-    assert asked == {"model": "glyph-sd", "device": "cpu"} and astar.settings == {"look_ahead": 2, "seen": 0.2}
+    astar = AStarPipeline.from_pretrained("glyph-sd", device="cpu", look_ahead=2, peak_target=0.2)
+    assert asked == {"model": "glyph-sd", "device": "cpu"} and astar.settings == {"look_ahead": 2, "peak_target": 0.2}
     asked.clear()
     with pytest.raises(ControlError, match="look_ahead is a number of steps"):
         AStarPipeline.from_pretrained("glyph-sd", look_ahead=-2)

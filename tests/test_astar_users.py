@@ -13,6 +13,7 @@ from attnctl.app.trace_pictures import loss_curves
 from attnctl.errors import ControlError, UnsupportedPipelineError
 from attnctl.pipelines import AStarPipeline
 from attnctl.processors import AStar, Binding, Excitation, Retention, Segregation
+from attnctl.words.phrases import tokens
 
 LEFT, RIGHT = (0, 0, 0.5, 1), (0.5, 0, 1, 1)
 DRAW = {"num_inference_steps": 2, "height": 32, "width": 48, "output_type": "latent"}
@@ -97,7 +98,7 @@ def test_a_control_acts_on_its_own_images_alone():
 
 def test_a_look_ahead_is_of_the_images_that_are_asked_for():
     pipe = tiny.sd1()
-    settings = {"look_ahead": 2, "seen": 0.9}
+    settings = {"look_ahead": 2, "peak_target": 0.9}
     prompts = ["a cat and a dog"] * 3
     with attach(pipe, Segregation("cat", "dog", **settings)) as run:
         tiny.draw(pipe, prompts)
@@ -105,15 +106,15 @@ def test_a_look_ahead_is_of_the_images_that_are_asked_for():
     with attach(pipe, Segregation("cat", "dog", images=(2, 0), **settings)) as run:
         tiny.draw(pipe, prompts)
     some = run.report.to_dict()["traces"][0]["look_ahead"]
-    assert every["forwards"] == some["forwards"] == 3 and some["seen"][1] is None
-    assert some["seen"][0] == pytest.approx(every["seen"][0], abs=1e-5)
-    assert some["seen"][2] == pytest.approx(every["seen"][2], abs=1e-5)
+    assert every["forwards"] == some["forwards"] == 3 and some["peaks"][1] is None
+    assert some["peaks"][0] == pytest.approx(every["peaks"][0], abs=1e-5)
+    assert some["peaks"][2] == pytest.approx(every["peaks"][2], abs=1e-5)
 
 
 # --- regions ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{"look_ahead": 2, "seen": 0.001}, {"seen": 0.001}])
+@pytest.mark.parametrize("settings", [{"look_ahead": 2, "peak_target": 0.001}, {"peak_target": 0.001}])
 def test_a_picture_with_a_region_is_never_left_alone(settings):
     pipe, prompts = tiny.sd1(), ["a cat and a dog", "a bird and a dog"]
     control = Retention("dog", masks={"cat": LEFT}, **settings)
@@ -177,10 +178,10 @@ def test_a_numbered_bond_is_of_that_phrase():
         tiny.draw(pipe, "a car, a red car and a red car")
     assert set(losses(run.report)["binding"]) == {"red | car#2", "red | car#1"}
     found = run.run.state(run.controls[0]).terms[0]
-    rows = [run.run.tokens(phrase, 0) for phrase in ("red car#2", "red car#1")]
-    tokens = run.run.state(run.controls[0]).wanted.tokens[0]
+    rows = [tokens(run.run, phrase, 0) for phrase in ("red car#2", "red car#1")]
+    read = run.run.state(run.controls[0]).phrase_tokens.tokens[0]
     for bond, own in enumerate(rows):
-        bound = tokens[(found.modifiers[0, bond] + found.nouns[0, bond]).bool()].tolist()
+        bound = read[(found.modifiers[0, bond] + found.nouns[0, bond]).bool()].tolist()
         assert sorted(bound) == own
 
 
@@ -211,9 +212,9 @@ def test_arguments_of_another_kind_are_told(given, told):
     [
         ({"updates": 1.5}, "updates is a whole number, not 1.5"),
         ({"updates": float("nan")}, "updates is a whole number"),
-        ({"look_ahead": 2.0, "seen": 0.2}, "look_ahead is a whole number"),
-        ({"enough": "x"}, "enough is a loss, a finite number"),
-        ({"enough": float("nan")}, "enough is a loss"),
+        ({"look_ahead": 2.0, "peak_target": 0.2}, "look_ahead is a whole number"),
+        ({"loss_target": "x"}, "loss_target is a finite number"),
+        ({"loss_target": float("nan")}, "loss_target is a finite"),
         ({"keep_norm": "no"}, "keep_norm is True or False"),
         ({"refine": {0.5: 0.2}}, "refine holds pairs"),
         ({"refine": {-1: 0.2}}, "refine holds pairs"),
@@ -244,7 +245,7 @@ def test_binding_may_be_all_there_is():
 
 def test_a_slip_in_a_setting_is_not_given_to_diffusers():
     with pytest.raises(ControlError, match="no setting 'lookahead'; did you mean 'look_ahead'"):
-        AStarPipeline.from_pretrained("glyph-sd", lookahead=2, seen=0.2)
+        AStarPipeline.from_pretrained("glyph-sd", lookahead=2, peak_target=0.2)
     with pytest.raises(UnsupportedPipelineError):
         AStarPipeline.from_pipe("glyph-sd")
 

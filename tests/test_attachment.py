@@ -11,10 +11,12 @@ import torch
 from toys import Identity, Output, Push, Spy
 
 from attnctl.engine.attachment import attach
-from attnctl.engine.control import AttentionCall, Control, Rows
+from attnctl.engine.control import AttentionCall, Control
 from attnctl.engine.patch import Patch
+from attnctl.engine.run import Rows
 from attnctl.errors import ControlError, PhraseError
-from attnctl.maps.reader import TokenMaps
+from attnctl.maps.recorder import TokenMaps
+from attnctl.words.phrases import tokens
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -84,17 +86,17 @@ def test_words_are_found_in_every_encoder():
         with attach(pipe, Identity()) as attachment:
             tiny.draw(pipe, steps=1)
         run = attachment.run
-        found = sorted(run.tokens("cat", 0) + run.tokens("dog", 0))
+        found = sorted(tokens(run, "cat", 0) + tokens(run, "dog", 0))
         assert found == rows, family
         with pytest.raises(PhraseError, match="bird"):
-            run.tokens("bird", 0)
+            tokens(run, "bird", 0)
 
 
 def test_words_are_found_in_each_pictures_own_prompt():
     pipe = tiny.sd1()
     with attach(pipe, Identity()) as attachment:
         tiny.draw(pipe, ["a cat", "a red cat"], num_images_per_prompt=2, steps=1)
-    assert [attachment.run.tokens("cat", image) for image in range(4)] == [[2], [2], [3], [3]]
+    assert [tokens(attachment.run, "cat", image) for image in range(4)] == [[2], [2], [3], [3]]
 
 
 def test_each_call_is_a_run_of_its_own():

@@ -8,8 +8,9 @@ import tiny
 from attnctl.engine.attachment import attach
 from attnctl.engine.control import Control
 from attnctl.errors import AttnctlError, ControlError
-from attnctl.maps.reader import TokenMaps
+from attnctl.maps.recorder import TokenMaps
 from attnctl.processors import Excitation, Segregation
+from attnctl.words.phrases import tokens
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Words(Control):
     phrase: str
 
     def begin(self, run):
-        return [run.tokens(self.phrase, image) for image in range(run.images)]
+        return [tokens(run, self.phrase, image) for image in range(run.images)]
 
 
 @pytest.mark.parametrize(

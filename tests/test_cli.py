@@ -16,6 +16,7 @@ import attnctl
 from attnctl.app import asked, cli, recipe
 from attnctl.engine.control import Control, Lane
 from attnctl.engine.sites import select
+from attnctl.words.phrases import tokens
 
 WORDS = "a cat and a dog"
 KNOWN = asked.known_controls
@@ -34,7 +35,7 @@ class Damp(Control):
         return select(available, "cross")
 
     def begin(self, run):
-        return [run.tokens(phrase, 0) for phrase in self.phrases]
+        return [tokens(run, phrase, 0) for phrase in self.phrases]
 
     def attend(self, call, proceed):
         return proceed(call) * (1 - self.strength)
@@ -268,7 +269,7 @@ def test_judge_prints_json(run, judge):
 
 
 def test_an_embedded_model_is_judged_and_its_things_are_found(run, judge, tiny, monkeypatch):
-    from attnctl.app import loading
+    from attnctl import loading
 
     monkeypatch.setattr(loading, "MODELS", tiny.parent)
     monkeypatch.setattr(asked, "known_controls", lambda: {"Segregation": Damp})
@@ -385,7 +386,7 @@ def test_a_control_without_phrases_reads_them_from_the_prompt(generate, monkeypa
 
 
 def test_a_control_without_phrases_on_an_embedded_model_knows_its_things(run, judge, tiny, monkeypatch):
-    from attnctl.app import loading
+    from attnctl import loading
     from attnctl.words import subjects
 
     monkeypatch.setattr(loading, "MODELS", tiny.parent)
@@ -409,7 +410,7 @@ def test_a_control_without_phrases_says_what_it_lacks(generate, monkeypatch):
 
 def test_a_picture_left_alone_says_so(generate, run, monkeypatch):
     monkeypatch.setattr(asked, "known_controls", KNOWN)
-    words = ("--compare", "--trace", "--control", "segregation(cat, dog, look_ahead=1, seen={})")
+    words = ("--compare", "--trace", "--control", "segregation(cat, dog, look_ahead=1, peak_target={})")
     code, out, err = generate(*words[:-1], words[-1].format("1e-6"))
     assert (code, err) == (0, [])
     assert out[0] == "controlled  left alone by Segregation, which looked ahead and saw every phrase"
@@ -465,7 +466,7 @@ def threads():
 
 
 def test_an_embedded_model_draws_with_one_thread_unless_told(run, judge, tiny, monkeypatch, threads):
-    from attnctl.app import loading
+    from attnctl import loading
 
     monkeypatch.setattr(loading, "MODELS", tiny.parent)
 
@@ -533,7 +534,7 @@ def test_half_written_model(generate, tiny, somewhere, tmp_path_factory):
 
 
 def test_sliced_pipeline(generate, somewhere, monkeypatch):
-    from attnctl.app import loading
+    from attnctl import loading
 
     def load_sliced(model, **options):
         pipe = load(model, **options)

@@ -6,11 +6,11 @@ import pytest
 
 from attnctl import processors
 from attnctl.app import asked, elsewhere
+from attnctl.app.clicks import clicked, meant
 from attnctl.app.control_settings import changed, find, sample_of, settings_of, started, switched, written_value
 from attnctl.app.control_text import parse_control, parts_of, python_call
 from attnctl.app.recipe import Recipe
 from attnctl.app.region_text import columns, region_control, region_lines
-from attnctl.app.word_clicks import clicked, meant
 from attnctl.errors import AttnctlError
 
 KNOWN = asked.known_controls()

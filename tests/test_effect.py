@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import cases
 import effect
+import effect_report
 import numpy as np
 import pytest
 from PIL import Image
@@ -46,7 +48,7 @@ def drawn(monkeypatch, tmp_path):
     monkeypatch.setattr(effect, "time", SimpleNamespace(perf_counter=lambda: drawing.now))
     monkeypatch.setattr(effect.attnctl, "load", lambda model: pipe)
     monkeypatch.setattr(effect.judge, "load", lambda: eye)
-    monkeypatch.setattr(effect, "weights_hash", lambda pipe: "weights")
+    monkeypatch.setattr(cases, "weights_hash", lambda pipe: "weights")
     return drawing
 
 
@@ -112,7 +114,7 @@ def test_after_a_line_cut_short_by_a_kill_results_start_on_a_fresh_one(part, dra
     for name in ("none", "segregation"):
         assert part("--controls", name)[0] == 0
     assert drawn.batches == [12] * (4 if cut == 1 else 5)  # a batch is drawn whole
-    found = effect.read_done(log, Path("o/pictures"))
+    found = cases.read_done(log, Path("o/pictures"))
     assert len(found) == 48 and len(log.read_text().splitlines()) == (48 if cut == 1 else 49)
 
 
@@ -143,7 +145,7 @@ def test_further_conditions_and_seeds_join_a_folder(part, run, drawn):
     assert part()[0] == 0 and drawn.batches == [12] * 4
     assert run("--out", "o", "--seeds", 2, "--controls", "none")[0] == 0
     assert drawn.batches[4:] == [12] * 46
-    assert len(effect.read_done(Path("o/results.jsonl"), Path("o/pictures"))) == 2 * 276 + 24
+    assert len(cases.read_done(Path("o/results.jsonl"), Path("o/pictures"))) == 2 * 276 + 24
 
 
 @pytest.mark.parametrize(
@@ -166,11 +168,12 @@ def test_another_version_and_other_controls_are_refused_by_name(part, monkeypatc
     part()
     stronger = {"none": lambda prompts: [], "segregation": lambda prompts: [Segregation("cat", "dog", strength=3.0)]}
     monkeypatch.setattr(effect, "CONDITIONS", stronger)
+    monkeypatch.setattr(cases, "CONDITIONS", stronger)
     assert part("--controls", "none")[0] == 0  # which did not change
     said = refusal(part())
     assert "(conditions.segregation [" in said and "('cat', 'dog'), strength=3.0" in said.partition("now")[2]
-    versions = effect.installed_versions()
-    monkeypatch.setattr(effect, "installed_versions", lambda: versions | {"torch": "9"})
+    versions = cases.installed_versions()
+    monkeypatch.setattr(cases, "installed_versions", lambda: versions | {"torch": "9"})
     assert f"(versions.torch {versions['torch']}, now 9)" in refusal(part("--controls", "none"))
 
 
@@ -273,6 +276,7 @@ def test_counts_stand_beside_rates_and_areas_beside_both(part, drawn, monkeypatc
 
     monkeypatch.setattr(effect, "draw_batch", draw)
     monkeypatch.setattr(effect, "subset", lambda prompts, among=None, each=8: list(range(24)))
+    monkeypatch.setattr(effect_report, "subset", lambda prompts, among=None, each=8: list(range(24)))
     code, out, err = part()
     assert (code, err) == (0, []), err
     told = json.loads(Path("o/effect.json").read_text())["rates"]["all"]
@@ -288,6 +292,6 @@ def test_counts_stand_beside_rates_and_areas_beside_both(part, drawn, monkeypatc
 def test_the_area_of_a_thing_is_told_against_the_first_condition():
     before = effect.judged(effect.benchmark()[0], reading())
     assert before["areas"] == [0, 0]
-    ratios = effect.area_ratios({"areas": [0.5, 0.25, 0, 0.1]}, {"areas": [0.25, 0.25, 0.3, 0]})
+    ratios = effect_report.area_ratios({"areas": [0.5, 0.25, 0, 0.1]}, {"areas": [0.25, 0.25, 0.3, 0]})
     assert ratios == [0.5, 1.0]  # only of what both pictures have
     assert reading(("cat", 0.25)).area_of("cat") == 0.25 and reading(("cat", 0.25)).area_of("dog") == 0

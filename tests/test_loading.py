@@ -8,8 +8,8 @@ import tiny
 import torch
 
 import attnctl
-from attnctl.app.loading import MODELS, ModelError, check_folder, embedded
 from attnctl.errors import AttnctlError
+from attnctl.loading import MODELS, ModelError, check_folder, embedded
 
 
 @pytest.fixture(scope="module")

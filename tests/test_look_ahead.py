@@ -94,17 +94,17 @@ def test_at_the_end_of_the_schedule_there_is_nothing_ahead():
 def test_what_is_sound_is_left_alone_bit_for_bit_and_the_rest_gets_all_updates(family):
     pipe, texts = tiny.FAMILIES[family](), ["a cat and a dog", "a dog and a cat"]
     plain = tiny.draw(pipe, texts, steps=3)
-    watch = Segregation("cat", "dog", look_ahead=2, seen=1.0, window=(0, 1))
+    watch = Segregation("cat", "dog", look_ahead=2, peak_target=1.0, window=(0, 1))
     with attach(pipe, watch) as attachment:
         all_moved = tiny.draw(pipe, texts, steps=3)
-    seen = attachment.run.state(watch).foreseen.seen
+    seen = attachment.run.state(watch).foreseen.peaks
     assert seen.shape == (2,) and ((0 < seen) & (seen < 1)).all() and seen[0] != seen[1]
     with attach(pipe, Segregation("cat", "dog", window=(0, 1))):
         always = tiny.draw(pipe, texts, steps=3)
     assert torch.equal(all_moved, always)
 
     worse = int(seen.argmin())
-    control = Segregation("cat", "dog", look_ahead=2, seen=float(seen.mean()), window=(0, 1))
+    control = Segregation("cat", "dog", look_ahead=2, peak_target=float(seen.mean()), window=(0, 1))
     with attach(pipe, control) as attachment:
         drawn = tiny.draw(pipe, texts, steps=3)
     trace = attachment.run.state(control)
@@ -114,19 +114,19 @@ def test_what_is_sound_is_left_alone_bit_for_bit_and_the_rest_gets_all_updates(f
     close = 1e-5 * float(all_moved[worse].abs().max())
     torch.testing.assert_close(drawn[worse], all_moved[worse], atol=close, rtol=1e-3)
 
-    control = AStar("cat", "dog", look_ahead=1, seen=1e-6)
+    control = AStar("cat", "dog", look_ahead=1, peak_target=1e-6)
     with attach(pipe, control) as attachment:
         untouched = tiny.draw(pipe, texts, steps=3)
     assert torch.equal(untouched, plain)
     told = attachment.report.to_dict()["traces"][0]
-    assert told["forwards"] == 0 and told["look_ahead"]["step"] == 0 and len(told["look_ahead"]["seen"]) == 2
+    assert told["forwards"] == 0 and told["look_ahead"]["step"] == 0 and len(told["look_ahead"]["peaks"]) == 2
     assert told["look_ahead"]["left_alone"] == [0, 1]
-    assert "no update, for all phrases are seen ahead" in str(attachment.report)
+    assert "no update, since a look ahead finds all phrases" in str(attachment.report)
 
 
 def test_it_is_asked_once_at_the_first_step_of_the_window():
     pipe = tiny.FAMILIES["sd1"]()
-    control = Excitation("cat", "dog", look_ahead=1, seen=1.0, window=(0.3, 1.0))
+    control = Excitation("cat", "dog", look_ahead=1, peak_target=1.0, window=(0.3, 1.0))
     with attach(pipe, control) as attachment:
         tiny.draw(pipe, ["a cat and a dog"], steps=5)
     assert attachment.run.state(control).foreseen.step == 2
@@ -137,7 +137,7 @@ def test_mistakes():
         Excitation("cat", look_ahead=2)
     for wrong in ({"look_ahead": -1}, {"reach": 0.0}, {"reach": 1.5}):
         with pytest.raises(ControlError, match="look_ahead is a number of steps"):
-            Segregation("cat", "dog", seen=0.2, **wrong)
+            Segregation("cat", "dog", peak_target=0.2, **wrong)
 
 
 def test_by_default_it_looks_where_it_can():
@@ -150,8 +150,8 @@ def test_by_default_it_looks_where_it_can():
                 tiny.draw(pipe, ["a cat and a dog"], steps=steps)
             told = attachment.report.to_dict()["traces"][0]
             assert told["updates"] == (1 if steps == 1 else 3)
-            assert told["look_ahead"] == {"step": 0, "seen": [None], "forwards": 0, "left_alone": []}
-        asked = Segregation("cat", "dog", look_ahead=2, seen=0.3)
+            assert told["look_ahead"] == {"step": 0, "peaks": [None], "forwards": 0, "left_alone": []}
+        asked = Segregation("cat", "dog", look_ahead=2, peak_target=0.3)
         with attach(pipe, asked), pytest.raises(ControlError, match="ahead"):
             tiny.draw(pipe, ["a cat and a dog"], steps=steps)
 
@@ -160,7 +160,7 @@ def test_by_default_a_picture_that_will_be_sound_is_left_alone(monkeypatch):
     pipe = tiny.FAMILIES["sd1"]()
     plain = tiny.draw(pipe, ["a cat and a dog"], steps=3)
     for kind in (Segregation, AStar):
-        monkeypatch.setattr(kind, "sound", 1e-6)
+        monkeypatch.setattr(kind, "usual_peak", 1e-6)
         with attach(pipe, kind("cat", "dog")):
             assert torch.equal(tiny.draw(pipe, ["a cat and a dog"], steps=3), plain)
         with attach(pipe, kind("cat", "dog", preset="always")):

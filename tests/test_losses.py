@@ -3,18 +3,11 @@ import math
 import pytest
 import torch
 
-from attnctl.processors.losses import (
-    binarise,
-    binding_loss,
-    binding_parts,
-    divergence,
-    excitation_loss,
-    excitation_parts,
-    overlap,
-    retention_loss,
-    retention_parts,
-    segregation_loss,
-)
+from attnctl.processors.binding import binding_loss, binding_parts, divergence
+from attnctl.processors.excitation import excitation_loss, excitation_parts
+from attnctl.processors.latents.masks import binarise
+from attnctl.processors.retention import retention_loss, retention_parts
+from attnctl.processors.segregation import overlap, segregation_loss
 
 
 def fields(*shape, seed=0):

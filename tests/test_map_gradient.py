@@ -11,19 +11,19 @@ from attnctl.engine.sites import Site
 from attnctl.errors import NoSiteError, PhraseError
 from attnctl.processors import Segregation
 from attnctl.processors.latents.map_gradient import (
-    Wanted,
+    PhraseTokens,
     blur,
     coarsest,
     default_sites,
     descend,
     gradients,
-    least_seen,
+    lowest_peak,
     phrase_maps,
+    phrase_tokens,
     step_size,
-    wanted,
     words_of,
 )
-from attnctl.processors.losses import segregation_loss
+from attnctl.processors.segregation import segregation_loss
 from attnctl.words.phrases import TextStream, positions
 
 
@@ -36,7 +36,7 @@ def fields(*rows, seed=0):
 
 
 def request_for(*images, phrases=2):
-    """Wanted of images given as tuples of token counts per phrase, after two tokens of no phrase."""
+    """PhraseTokens of images given as tuples of token counts per phrase, after two tokens of no phrase."""
     most = max(2 + sum(image) for image in images)
     members, real = torch.zeros(len(images), phrases, most), torch.zeros(len(images), most, dtype=torch.bool)
     for i, image in enumerate(images):
@@ -177,21 +177,21 @@ def test_joint_models_are_read_in_the_middle():
 def test_phrases_of_each_prompt():
     tokenizer = tiny.clip_tokenizer()
     texts = [(TextStream(tokenizer, prompt),) for prompt in ("a cat and a dog", "a red cat", "a dog and a dog")]
-    some = wanted(texts, ["cat", "dog"], columns="phrases")
+    some = phrase_tokens(texts, ["cat", "dog"], columns="phrases")
     assert some.present.tolist() == [[True, True], [True, False], [False, True]]
     assert some.tokens.tolist() == [[2, 5], [3, 0], [2, 5]]
     assert some.real.tolist() == [[True, True], [True, False], [True, True]]
     assert some.members.tolist() == [[[1, 0], [0, 1]], [[1, 0], [0, 0]], [[0, 0], [1, 1]]]
-    every = wanted(texts, ["cat", "dog"], columns="prompt")
+    every = phrase_tokens(texts, ["cat", "dog"], columns="prompt")
     assert every.tokens.tolist() == [[1, 2, 3, 4, 5], [1, 2, 3, 0, 0], [1, 2, 3, 4, 5]]
     assert every.members[0].tolist() == [[0, 1, 0, 0, 0], [0, 0, 0, 0, 1]]
-    padded = wanted(texts, ["cat", "dog"], columns="padded")
+    padded = phrase_tokens(texts, ["cat", "dog"], columns="padded")
     assert padded.tokens.tolist() == [[*range(1, 76)]] * 3 and padded.real.all()
     assert padded.members[1].nonzero().tolist() == [[0, 2]]
     two = [(TextStream(tokenizer, "a cat"), TextStream(tokenizer, "a cat", 77, 16))]
-    assert wanted(two, ["cat"], columns="padded").tokens.tolist() == [[*range(1, 76), *range(78, 92)]]
+    assert phrase_tokens(two, ["cat"], columns="padded").tokens.tolist() == [[*range(1, 76), *range(78, 92)]]
     with pytest.raises(PhraseError, match="'bird' is not in the prompt; its words are"):
-        wanted(texts, ["cat", "bird"], columns="phrases")
+        phrase_tokens(texts, ["cat", "bird"], columns="phrases")
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 1)])
@@ -211,20 +211,20 @@ def test_pieces_of_a_word_are_summed_and_words_averaged():
     one = torch.ones(1, 1, 3)
     split = torch.tensor([[[[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]]])  # a word of two tokens, a word of one
     rows = torch.arange(3)[None]
-    found = least_seen(maps, Wanted(rows, rows >= 0, one, split))
+    found = lowest_peak(maps, PhraseTokens(rows, rows >= 0, one, split))
     torch.testing.assert_close(found, torch.tensor([(0.3 + 0.5) / 2]))
-    whole = least_seen(maps, Wanted(rows, rows >= 0, one, one[:, :, None]))
+    whole = lowest_peak(maps, PhraseTokens(rows, rows >= 0, one, one[:, :, None]))
     torch.testing.assert_close(whole, torch.tensor([0.8]))
 
 
 def test_the_phrase_worst_off_counts_unless_it_is_part_of_a_longer_one():
-    found = wanted([text("a red car and a dog")], ["red car", "car", "dog"], "phrases")
+    found = phrase_tokens([text("a red car and a dog")], ["red car", "car", "dog"], "phrases")
     assert found.whole().tolist() == [[True, False, True]] and found.present.all()
     red, car = found.words[0, 0]
     dog = found.words[0, 2, 0]
     assert torch.equal(car, found.words[0, 1, 0]) and not (red * car).any()
     maps = (0.5 * red / red.sum() + 0.1 * car / car.sum() + 0.4 * dog / dog.sum()).view(1, -1, 1, 1)
-    torch.testing.assert_close(least_seen(maps, found), torch.tensor([0.3]))
+    torch.testing.assert_close(lowest_peak(maps, found), torch.tensor([0.3]))
 
 
 def test_words_of_a_phrase():

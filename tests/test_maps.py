@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from attnctl.engine.control import AttentionCall
-from attnctl.engine.sites import Site
+from attnctl.engine.sites import Site, with_text
 from attnctl.errors import ControlError, NoSiteError, PhraseError
 from attnctl.maps import pictures as heatmaps
 from attnctl.maps.probabilities import Listener, call_maps, direct, known, one_hot, token_maps
-from attnctl.maps.reader import Maps, TokenMaps, join_grids, with_text
+from attnctl.maps.reader import Maps, join_grids
+from attnctl.maps.recorder import TokenMaps
 from attnctl.sheets import GAP, grid
 from attnctl.words.phrases import TextStream
 
@@ -299,8 +300,10 @@ def test_words_that_are_not_there(tokenizer):
         maps["dog"]
     with pytest.raises(PhraseError, match="'bird' is not in the prompt"):
         maps["bird"]
+    empty = Maps(texts(tokenizer, ""), None, ())
+    assert empty.words == ()
     with pytest.raises(PhraseError, match="no words"):
-        Maps(texts(tokenizer, ""), None, ())
+        empty["cat"]
     long = Maps(texts(tokenizer, "cat " * 80), None, ())
     assert long.words[-1] == "cat#75"
     q, k = tensors(1, 2, 15, 40, dtype=torch.float32)

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import attnctl
 from attnctl import attach
 from attnctl.errors import ControlError, PhraseError
-from attnctl.maps.reader import TokenMaps
+from attnctl.maps.recorder import TokenMaps
 
 TEXTS = ["a cat and a red dog", "a dog and a backpack"]
 T5_OFFSET = {"sd3": 77, "sd35": 77, "flux": 0}

@@ -37,7 +37,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 
 def test_surface_is_what_the_design_says():
-    functions = {"attach", "load", "select", "sites"}
+    functions = {"attach", "load", "register", "select", "sites", "tokens"}
     assert set(dir(attnctl)) == functions | {"AttnctlError", "Control", "Lane", "__version__"} | {
         "batch",
         "pipelines",

@@ -40,7 +40,7 @@ class Materialised(Control):
         return self.like.sites(available)
 
     def attend(self, call, proceed):
-        like, picked = self.like, self.like._picked(tuple(call.step.wiring.sites.values()))[0]
+        like, picked = self.like, self.like._picked(tuple(call.step.passes.target.sites.values()))[0]
         heads = list(picked[call.site])
         scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
         q = call.q.double()

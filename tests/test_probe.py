@@ -41,7 +41,7 @@ class Probe(Control):
             seen: dict[str, Any] = {}
             leaf = step.latents if self.images is None else step.latents[self.images]
             leaf = leaf.detach().requires_grad_()
-            watched = select(self.sites(step.wiring.family.sites(step.wiring.model)), self.watch)
+            watched = select(self.sites(step.run.family.sites(step.passes.target.model)), self.watch)
 
             def see(call, seen=seen):
                 seen[call.site.name] = call
@@ -272,7 +272,7 @@ def test_parameters_ask_for_gradients_exactly_as_before(fails):
                 if fails:
                     raise RuntimeError("mine")
 
-            step.probe(step.latents, {step.wiring.family.sites(pipe.unet)[3]: see})
+            step.probe(step.latents, {step.run.family.sites(pipe.unet)[3]: see})
 
     with attach(pipe, Look()):
         if fails:
@@ -409,7 +409,7 @@ def test_half_precision():
 def test_site_nobody_controls_cannot_be_watched():
     class Elsewhere(Identity):
         def before_denoise(self, step):
-            step.probe(step.latents, {step.wiring.family.sites(pipe.unet)[0]: print})
+            step.probe(step.latents, {step.run.family.sites(pipe.unet)[0]: print})
 
     pipe = tiny.sd1()
     with attach(pipe, Elsewhere("cross")), pytest.raises(ControlError, match=r"cannot watch down_blocks\.0.*attn1"):
@@ -422,7 +422,7 @@ def test_site_the_forward_never_reaches_is_named():
     class Skip(Identity):
         def before_denoise(self, step):
             step.arguments["skip_layers"] = [2]
-            step.probe(step.latents, {step.wiring.family.sites(pipe.transformer)[2]: print})
+            step.probe(step.latents, {step.run.family.sites(pipe.transformer)[2]: print})
 
     with attach(pipe, Skip()), pytest.raises(ControlError, match=r"transformer_blocks\.2\.attn.*never reached"):
         tiny.draw(pipe)

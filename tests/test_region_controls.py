@@ -13,10 +13,11 @@ from PIL import Image
 from toys import Spy
 
 from attnctl import attach
+from attnctl.areas import on_grid
 from attnctl.engine.control import Control
 from attnctl.errors import ControlError, NoSiteError, PhraseError
 from attnctl.processors import Isolation, Perturb, Regions, Segregation, TokenMaps
-from attnctl.processors.regions import constrained, isolated, on_grid
+from attnctl.processors.regions import constrained, isolated
 from attnctl.regions import Region
 
 LEFT, RIGHT = (0, 0, 0.5, 1), (0.5, 0, 1, 1)
@@ -167,7 +168,7 @@ def test_biases_are_made_once_for_a_shape():
     control = Regions({"cat": LEFT})
     with attach(pipe, control, Spy()) as run:
         tiny.draw(pipe, steps=4)
-        assert len(run.run.state(control).biases) == 2  # two grids
+        assert len(run.run.state(control).made) == 2  # two grids
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import zipfile
 import pytest
 from PIL import Image
 
+from attnctl import batch
 from attnctl.app import cli, recipe, service_batch
 from attnctl.app.service import Asked, Limits, Result, Service, restored
 from attnctl.app.watched import Step, TimeError, Turns
@@ -200,7 +201,7 @@ def test_a_picture_of_ours_tells_how_it_was_drawn_and_another_is_refused_by_its_
 
 
 def test_a_batch_is_drawn_in_turns_and_taken_as_an_archive(service, tmp_path, monkeypatch):
-    monkeypatch.setattr(service_batch, "TURN", 2)
+    monkeypatch.setattr(service_batch, "TURN", 3)
     (tmp_path / "jobs.yaml").write_text(
         "prompt: a cat and a dog\nsteps: 1\nproduct: {seed: [1, 2, 3], controls: [none, 'segregation(cat, dog)']}\n"
     )
@@ -209,8 +210,8 @@ def test_a_batch_is_drawn_in_turns_and_taken_as_an_archive(service, tmp_path, mo
     with zipfile.ZipFile(end.archive) as archive:
         names = archive.namelist()
         assert sum(name.endswith(".png") and name.startswith("a-cat") for name in names) == 6
-    alone = last(service.run(Asked("a cat and a dog", "segregation(cat, dog)", seed=3, steps=1, maps=False)))
-    assert pixels(alone.final) in {pixels(path) for path, _ in end.pictures}
+    by_hand = [result.path for result in batch.run(tmp_path / "jobs.yaml", tmp_path / "out")]
+    assert {pixels(path) for path, _ in end.pictures} == {pixels(path) for path in by_hand}
 
 
 def test_a_batch_that_is_closed_stops(service, tmp_path):

@@ -15,7 +15,9 @@ gradio = pytest.importorskip("gradio")
 
 from attnctl import demos  # noqa: E402
 from attnctl.app import asked, recipe  # noqa: E402
+from attnctl.app.clicks import toggled  # noqa: E402
 from attnctl.app.control_settings import cards  # noqa: E402
+from attnctl.app.region_text import redrawn  # noqa: E402
 from attnctl.app.service import Asked, Limits, Service  # noqa: E402
 from attnctl.demos import heads, regions  # noqa: E402
 from attnctl.demos.api import opened  # noqa: E402
@@ -116,8 +118,8 @@ def test_boxes_are_drawn_from_lines_and_lines_from_boxes():
     shown = regions.canvas("cat\nred car\ndog: 32,0,64,64", "a cat, a dog and a red car", (128, 64))
     assert shown["boxes"] == [["cat", 0, 0, 0.5, 1], ["red car", 0.5, 0, 1, 1], ["dog", 0.25, 0, 0.5, 1]]
     assert shown["ratio"] == 2 and {"cat", "dog", "red car"} <= set(shown["phrases"])
-    text = regions.redrawn([["cat", 0, 0, 0.5, 1.0]], "cat\ndog: 0,0,", (128, 64))
-    assert text == "dog: 0,0,\ncat: 0,0,0.5,1"  # what is being written stays
+    text = redrawn([["cat", 0, 0, 0.5, 1.0]], ["cat", "dog: 0,0,"], (128, 64))
+    assert text == ["dog: 0,0,", "cat: 0,0,0.5,1"]  # what is being written stays
     assert regions.canvas("cat: /etc/hostname", "", (64, 64))["boxes"] == []
 
 
@@ -128,9 +130,9 @@ def test_the_head_grid_shows_heads_and_changes_them(studio):
     sites = studio.sites()
     html = heads.grid(sites, "6 7:2")
     assert pressed(html) == ["6", "6:0", "6:1", "6:2", "6:3", "7:2"]
-    assert heads.toggled(sites, "6 7:2", "7:2") == "6" and heads.toggled(sites, "6", "6:1") == "6:0 6:2 6:3"
-    assert heads.toggled(sites, "6:0", "6") == "6" and heads.toggled(sites, "6 7", "6") == "7"
-    assert heads.toggled(sites, "nonsense", "3:1") == "3:1" and heads.grid([], "mid") == heads.NO_GRID
+    assert toggled(sites, "6 7:2", "7:2") == "6" and toggled(sites, "6", "6:1") == "6:0 6:2 6:3"
+    assert toggled(sites, "6:0", "6") == "6" and toggled(sites, "6 7", "6") == "7"
+    assert toggled(sites, "nonsense", "3:1") == "3:1" and heads.grid([], "mid") == heads.NO_GRID
 
 
 # --- complaints -------------------------------------------------------------------------------------------------------
@@ -280,7 +282,7 @@ def test_a_password_keeps_others_out(studio):
 
 
 def test_without_gradio_the_command_says_what_to_install():
-    code = "import sys; sys.modules['gradio'] = None; sys.argv[1:] = ['ui']; from attnctl.app.cli import main; main()"
+    code = "import sys; sys.modules['gradio'] = None; sys.argv[1:] = ['ui']; from attnctl.__main__ import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and 'pip install "attnctl[ui]"' in done.stderr and done.stderr.count("\n") == 1
 

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from attnctl.engine import families
+from attnctl.engine.families import registry as families
 from attnctl.engine.verify import verify
 from attnctl.errors import FamilyError
 

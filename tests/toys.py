@@ -99,7 +99,7 @@ class Descend(Identity):
     def before_denoise(self, step: Step) -> None:
         if not self.strength:
             return
-        chosen = self.sites(tuple(step.wiring.sites.values()))
+        chosen = self.sites(tuple(step.passes.target.sites.values()))
         calls: list[AttentionCall] = []
         leaf = step.latents.detach().float().requires_grad_()
         step.probe(leaf, dict.fromkeys(chosen, calls.append))

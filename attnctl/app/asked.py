@@ -21,7 +21,7 @@ READ = {"segregation": 2, "astar": 2, "excitation": 1, "retention": 1}
 def with_phrases(text: str, prompt: str, model: str, say: Callable[[str], object] = tell) -> str:
     """A control's text; if it names no phrase, with the things that the prompt names, which `say` is told."""
     from attnctl.app.control_text import named, phraseless
-    from attnctl.app.loading import embedded
+    from attnctl.loading import embedded
 
     bare = phraseless(text)
     kind = named(bare[0], known_controls()).__name__.lower() if bare else ""
@@ -101,7 +101,7 @@ def open_model(
     task = bar.add_task(f"loading {plain(model)}", total=None)
     import torch
 
-    from attnctl.app.loading import load
+    from attnctl.loading import load
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -142,7 +142,8 @@ def recipe_of(
 
     `weights` is the hash of the pipeline's weights, where it is known already.
     """
-    from attnctl.app import drawing, loading, recipe
+    from attnctl import loading
+    from attnctl.app import drawing, recipe
 
     usual = loading.USUAL.get(model, {})
     return recipe.Recipe(

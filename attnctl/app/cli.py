@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,8 +20,8 @@ from attnctl.app.asked import (
     surroundings,
     without_files,
 )
+from attnctl.app.batch.command import batch
 from attnctl.app.command import UsageError, check_writable, plain, run, tell
-from attnctl.app.limits import LARGEST, STEPS
 from attnctl.app.request import checked, control_texts, judged, left_alone, mapped_words, size_of
 
 if TYPE_CHECKING:
@@ -45,6 +44,9 @@ app = typer.Typer(
 MODEL_HELP = "An embedded model, a folder written by save_pretrained, or a hub id."
 DEVICE_HELP = "cpu, cuda, cuda:1, ...; default: cuda if there is one, else cpu."
 DTYPE_HELP = "float32, float16 or bfloat16."
+
+
+app.command(no_args_is_help=True)(batch)
 
 
 def main() -> None:
@@ -139,7 +141,8 @@ def generate(
     texts = [without_files(text) for text in texts]
     controls = [control_of(text) for text in texts]
 
-    from attnctl.app import drawing, loading
+    from attnctl import loading
+    from attnctl.app import drawing
     from attnctl.app.bars import bars, paused
 
     if threads is None and model in loading.embedded():
@@ -207,39 +210,6 @@ def _save(drawings: "dict[str, Drawing]", recipe: "Recipe", out: Path) -> list[P
                 one.unlink(missing_ok=True)
             raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
     return [*traces, *shown]
-
-
-# --- batch ------------------------------------------------------------------------------------------------------------
-
-
-@app.command(no_args_is_help=True)
-def batch(
-    file: Annotated[Path | None, typer.Argument(help="Jobs, as .yaml, .jsonl or .csv.", show_default=False)] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures; made if need be.")] = Path("out"),
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the file, say what is to draw, and stop.")] = False,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Draw only what failed before.")] = False,
-    report: Annotated[
-        Path | None, typer.Option(help="Make the manifest and contact sheets of this folder again, and stop.")
-    ] = None,
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a row, and stop.")] = False,
-    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
-    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "float32",
-    threads: Annotated[int | None, typer.Option(help="Threads of the processor; default: as for generate.")] = None,
-) -> None:
-    """Draw many pictures from a file of jobs; what is in the folder already is not drawn again.
-
-    - attnctl batch jobs.yaml --out night --dry-run
-    - attnctl batch jobs.yaml --out night
-
-    A row holds prompt, negative, seed, steps, guidance, size, controls, maps and model. Axes make many jobs of one row:
-    product: {seed: [1, 2, 3], controls: [none, segregation, astar]} takes every combination, zip: takes lists in step.
-
-    A batch that was stopped, in whatever way, goes on with the same command. Exit code 1: some job failed, and
-    failures.jsonl says which and why.
-    """
-    from attnctl.app import batch_command
-
-    batch_command.run(file, out, dry_run, retry_failed, report, schema, device, dtype, threads)
 
 
 # --- reproduce, judge, controls, sites --------------------------------------------------------------------------------
@@ -363,50 +333,3 @@ def sites(
     for row in site_rows(pipe, select or (lambda site: True), shape):
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-
-
-# --- ui ---------------------------------------------------------------------------------------------------------------
-
-
-@app.command()
-def ui(
-    model: Annotated[
-        list[str] | None,
-        typer.Option("--model", "-m", help=f"{MODEL_HELP} Given several times: a list to choose from."),
-    ] = None,
-    allow_any_model: Annotated[
-        bool, typer.Option("--allow-any-model", help="Visitors may name any model, also folders of this machine.")
-    ] = False,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
-    auth: Annotated[str | None, typer.Option(help="USER:PASSWORD that visitors must give.")] = None,
-    max_steps: Annotated[int, typer.Option(min=1, max=STEPS, help="The most steps of a picture.")] = 100,
-    max_side: Annotated[int, typer.Option(min=8, max=LARGEST, help="The most pixels of a side.")] = 1024,
-    max_seconds: Annotated[int, typer.Option(min=1, help="The most time of a run.")] = 600,
-    max_jobs: Annotated[int, typer.Option(min=1, help="The most pictures of a batch.")] = 100,
-    max_upload: Annotated[int, typer.Option(min=1, help="The largest upload, in megabytes.")] = 20,
-    max_waiting: Annotated[int, typer.Option(min=1, help="The most runs that wait in the queue.")] = 64,
-    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
-    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "float32",
-    mcp: Annotated[bool, typer.Option("--mcp", help="Also serve the endpoints as tools of MCP.")] = False,
-    open_: Annotated[bool, typer.Option("--open", help="Also open the page in a browser.")] = False,
-) -> None:
-    """Open the studio: a page in the browser to try controls, with both pictures side by side. Ctrl-C ends it.
-
-    - attnctl ui
-    - attnctl ui --model ./my-model --model glyph-sd --port 8000 --auth me:secret
-    """
-    user, colon, password = (auth or "").partition(":")
-    if auth is not None and not (user and colon and password):
-        raise UsageError("--auth: write it as USER:PASSWORD")
-    for needed, extra in (("gradio", "ui"), *([("mcp", "mcp")] * mcp)):
-        if find_spec(needed) is None:
-            raise UsageError(f'this needs {needed}: pip install "attnctl[{extra}]" (in a checkout: ".[{extra}]")')
-    from attnctl.app.service import Limits, Service
-    from attnctl.demos.api import serve
-
-    limits = Limits(
-        steps=max_steps, side=max_side, seconds=max_seconds, jobs=max_jobs, upload=max_upload, waiting=max_waiting
-    )
-    service = Service(model or ["glyph-sd"], device, dtype, allow_any_model, limits)
-    serve(service, host, port, (user, password) if auth else None, open_, mcp)

@@ -13,7 +13,8 @@ from attnctl.app.preview import previewed
 from attnctl.app.region_text import outlined
 from attnctl.errors import AttnctlError, PhraseError, UnsupportedPipelineError, short
 from attnctl.sheets import Cell, grid
-from attnctl.words.phrases import positions, streams, words
+from attnctl.words.phrases import positions, streams
+from attnctl.words.spelling import words
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -32,8 +33,12 @@ class DrawingError(AttnctlError):
     """The pipeline cannot draw what it was asked to draw."""
 
 
+class OutOfMemoryError(DrawingError):
+    """It does not fit into memory."""
+
+
 @dataclass(frozen=True)
-class Trace:
+class LossTrace:
     """What the controls of a drawing did: plain data, and pictures of it by what they show."""
 
     report: dict[str, Any]
@@ -49,7 +54,7 @@ class Drawing:
 
     picture: Image.Image
     maps: dict[str, Image.Image]
-    trace: Trace | None = None
+    trace: LossTrace | None = None
     alone: tuple[str, ...] = ()
     regions: tuple[tuple[str, Any], ...] = ()
 
@@ -61,7 +66,7 @@ def content_words(prompt: str) -> tuple[str, ...]:
 
 def shown_words(pipe: "DiffusionPipeline", prompt: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The content words that have a map, and those that have none, e.g. because the tokenizer cuts them off."""
-    from attnctl.engine.families import family_of
+    from attnctl.engine.families.registry import family_of
 
     family = family_of(pipe)[0]
     default = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")
@@ -85,7 +90,7 @@ def shown_words(pipe: "DiffusionPipeline", prompt: str) -> tuple[tuple[str, ...]
 
 def check_size(pipe: "DiffusionPipeline", width: int, height: int) -> None:
     """Raise unless the pipeline can draw this size exactly."""
-    from attnctl.engine.sites import discover
+    from attnctl.engine.families.registry import discover
 
     try:
         patch = min((site.factor for site in discover(pipe) if site.kind == "joint" and site.factor), default=1)
@@ -116,39 +121,70 @@ def draw(
         trace: also note what the controls do, for `Drawing.trace`.
         preview: is shown, after some of the steps, what the picture looks like so far.
     """
+    # Kernels round by the size of a batch, not by what else is in it: so many copies give the picture of the group.
+    return draw_together(pipe, [recipe] * recipe.together, controls, label, bar, trace, preview)[0]
+
+
+def draw_together(
+    pipe: "DiffusionPipeline",
+    recipes: Sequence["Recipe"],
+    controls: Sequence["Control"],
+    label: str = "",
+    bar: "Progress | None" = None,
+    trace: bool = False,
+    preview: Callable[[Image.Image], None] | None = None,
+) -> list[Drawing]:
+    """Draw pictures in one call of the pipeline, each from its own seed and prompt.
+
+    Args:
+        pipe: the pipeline.
+        recipes: what to draw. They differ in prompt, negative and seed alone; maps are of one prompt.
+        controls, label, bar: as for `draw`.
+        trace, preview: as for `draw`; of one picture.
+
+    Raises:
+        OutOfMemoryError: fewer at once may fit.
+        DrawingError: the pipeline cannot draw this.
+    """
     import torch
 
     from attnctl.engine.attachment import attach
 
-    settings = _call_settings(pipe, recipe)
+    first = recipes[0]
+    settings = _call_settings(pipe, recipes)
     # On the CPU whatever the device, so that a seed means the same noise everywhere.
-    settings["generator"] = torch.Generator("cpu").manual_seed(recipe.seed)
+    noise = [torch.Generator("cpu").manual_seed(recipe.seed) for recipe in recipes]
+    settings["generator"] = noise if len(noise) > 1 else noise[0]
     if preview is not None:
-        size = (recipe.width, recipe.height) if recipe.width and recipe.height else None
+        size = (first.width, first.height) if first.width and first.height else None
         settings |= previewed(pipe, size, preview)
-    watch = _maps_control(recipe.maps)
-    by_step = _maps_control(_named(controls) or recipe.maps, keep="step") if trace else ()
+    watch = _maps_control(first.maps)
+    by_step = _maps_control(_named(controls) or first.maps, keep="step") if trace else ()
     try:
         with ExitStack() as stack:
             stack.enter_context(_steps_shown(pipe, bar, label))
             stack.enter_context(_finite_alone(pipe, controls))
             run = stack.enter_context(attach(pipe, *controls, *watch, *by_step)) if controls or watch else None
-            picture = pipe(**settings).images[0]
-            maps = {word: run.maps.overlay(word, picture) for word in recipe.maps} if run else {}
+            drawn = pipe(**settings).images
             told = _told(run, len(controls), by_step) if run and trace else None
-            alone = _left_alone(run, controls) if run else ()
+            alone = [_left_alone(run, controls, image) if run else () for image in range(len(recipes))]
+            maps = [
+                {word: run.maps.overlay(word, picture, image) for word in first.maps} if run else {}
+                for image, picture in enumerate(drawn)
+            ]
     except AttnctlError:
         raise
     except torch.OutOfMemoryError as error:
-        raise DrawingError(f"out of memory on {recipe.device}: try a smaller --size or --dtype float16") from error
+        raise OutOfMemoryError(f"out of memory on {first.device}: try a smaller --size or --dtype float16") from error
     except (RuntimeError, MemoryError) as error:  # the CPU's out of memory has no class of its own
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
             raise
-        raise DrawingError(f"out of memory on {recipe.device}: try a smaller --size") from error
+        raise OutOfMemoryError(f"out of memory on {first.device}: try a smaller --size") from error
     except ValueError as error:  # the pipeline's own check of its inputs
         raise DrawingError(" ".join(str(error).split())) from error
     regions = tuple(pair for control in controls for pair in getattr(control, "masks", ()))
-    return Drawing(picture, maps, told, alone, regions)
+    together = zip(drawn, maps, alone, strict=True)
+    return [Drawing(picture, over, told, left, regions) for picture, over, left in together]
 
 
 @contextmanager
@@ -199,7 +235,7 @@ def pictures(drawings: dict[str, Drawing], recipe: "Recipe") -> dict[str, Image.
 def _maps_control(phrases: tuple[str, ...], keep: Any = ()) -> "tuple[Control, ...]":
     if not phrases:
         return ()
-    from attnctl.maps.reader import TokenMaps
+    from attnctl.maps.recorder import TokenMaps
 
     return (TokenMaps(*phrases, keep=keep),)
 
@@ -213,7 +249,7 @@ def _named(controls: Iterable["Control"]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _told(run: "Attachment", own: int, by_step: "tuple[Control, ...]") -> Trace:
+def _told(run: "Attachment", own: int, by_step: "tuple[Control, ...]") -> LossTrace:
     """What the first `own` controls of an attachment did; the others are its recorders."""
     from attnctl.app.trace_pictures import loss_curves, map_sequence
 
@@ -222,24 +258,28 @@ def _told(run: "Attachment", own: int, by_step: "tuple[Control, ...]") -> Trace:
     shown = {"losses": loss_curves(report["traces"])}
     for recorder in by_step:
         shown["steps"] = map_sequence(run.run.state(recorder))
-    return Trace(report, {name: picture for name, picture in shown.items() if picture is not None})
+    return LossTrace(report, {name: picture for name, picture in shown.items() if picture is not None})
 
 
-def _left_alone(run: "Attachment", controls: Sequence["Control"]) -> tuple[str, ...]:
-    """The controls that left the picture alone."""
+def _left_alone(run: "Attachment", controls: Sequence["Control"], image: int) -> tuple[str, ...]:
+    """The controls that left a picture alone."""
     found = [(control, getattr(state, "foreseen", None)) for control, state in run.run.states(controls)]
-    return tuple(type(control).__name__ for control, ahead in found if ahead is not None and ahead.alone)
+    return tuple(type(control).__name__ for control, ahead in found if ahead is not None and image in ahead.alone)
 
 
-def _call_settings(pipe: "DiffusionPipeline", recipe: "Recipe") -> dict[str, Any]:
-    settings = {
-        "prompt": recipe.prompt,
-        "negative_prompt": recipe.negative,
-        "num_inference_steps": recipe.steps,
-        "guidance_scale": recipe.guidance,
-        "width": recipe.width,
-        "height": recipe.height,
+def _call_settings(pipe: "DiffusionPipeline", recipes: Sequence["Recipe"]) -> dict[str, Any]:
+    first = recipes[0]
+    settings: dict[str, Any] = {
+        "prompt": first.prompt,
+        "negative_prompt": first.negative,
+        "num_inference_steps": first.steps,
+        "guidance_scale": first.guidance,
+        "width": first.width,
+        "height": first.height,
     }
+    if len(recipes) > 1:
+        settings["prompt"] = [recipe.prompt for recipe in recipes]
+        settings["negative_prompt"] = None if first.negative is None else [recipe.negative for recipe in recipes]
     settings = {name: value for name, value in settings.items() if value is not None}
     unknown = settings.keys() - inspect.signature(pipe.__call__).parameters.keys()
     if unknown:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 from attnctl.errors import AttnctlError
+from attnctl.files import no_files
 
 if TYPE_CHECKING:
     from attnctl.regions import Region
@@ -70,6 +71,36 @@ def columns(lines: Sequence[str]) -> list[str]:
     edges = [f"{number / max(1, len(alone)):.4g}" for number in range(len(alone) + 1)]
     boxes = {line: f"{line}: {edges[n]},0,{edges[n + 1]},1" for n, line in enumerate(alone)}
     return [boxes.get(line, line) for line in lines]
+
+
+Box = list[Any]  # phrase, left, top, right, bottom, in shares of the picture
+
+
+def box_of(line: str, size: tuple[int, int]) -> Box | None:
+    """The box of a line; None where it is none, as while it is being written. It reads no file.
+
+    Args:
+        line: as for `region_control`.
+        size: width and height of the picture, for a box in pixels.
+    """
+    from attnctl.app.control_text import parse_control
+    from attnctl.processors import Regions
+
+    try:
+        with no_files():
+            ((phrase, region),) = parse_control(region_control([line]), {"Regions": Regions}).masks
+    except AttnctlError:
+        return None
+    if region.box is None:
+        return None
+    scale = (1, 1) if max(region.box) <= 1 else size
+    return [phrase, *(round(side / scale[number % 2], 4) for number, side in enumerate(region.box))]
+
+
+def redrawn(boxes: Sequence[Box], lines: Sequence[str], size: tuple[int, int]) -> list[str]:
+    """The lines of these boxes, behind those lines that are none yet."""
+    kept = [line for line in columns(lines) if box_of(line, size) is None]
+    return [*kept, *(f"{phrase}: {','.join(f'{side:g}' for side in sides)}" for phrase, *sides in boxes)]
 
 
 def outlined(picture: Image.Image, regions: Sequence[tuple[str, Region]]) -> Image.Image:

@@ -53,7 +53,7 @@ def size_of(text: str | None) -> tuple[int, int] | None:
 def control_texts(prompt: str, model: str, texts: list[str], subjects: str | None, compare: bool) -> list[str]:
     """The controls as text: those given, or segregation of the subjects, or of the glyph things in the prompt."""
     from attnctl.app.control_text import write_control
-    from attnctl.app.loading import embedded
+    from attnctl.loading import embedded
 
     if subjects is not None:
         if texts:
@@ -97,7 +97,7 @@ def left_alone(drawings: "dict[str, Drawing]") -> list[str]:
 
 def judged(model: str, drawings: "dict[str, Drawing]") -> list[str]:
     """What the judge sees in each picture, one line each; it knows the glyph world alone."""
-    from attnctl.app.loading import embedded
+    from attnctl.loading import embedded
 
     if model not in embedded():
         return []

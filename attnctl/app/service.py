@@ -15,14 +15,14 @@ from attnctl.app import drawing, elsewhere, request
 from attnctl.app.asked import known_controls, open_model, recipe_of
 from attnctl.app.bars import bars
 from attnctl.app.control_text import parse_control
-from attnctl.app.loading import USUAL, embedded
 from attnctl.app.recipe import Recipe, read, save, weights_hash
 from attnctl.app.region_text import columns, region_control
 from attnctl.app.site_table import default_size
 from attnctl.app.watched import Bar, Step, Turns
-from attnctl.engine.families import family_of
-from attnctl.engine.sites import Site, discover
+from attnctl.engine.families.registry import discover, family_of
+from attnctl.engine.sites import Site
 from attnctl.errors import AttnctlError, UnsupportedPipelineError, short
+from attnctl.loading import USUAL, embedded
 
 _FILES = re.compile(r"\.(json|png|jpe?g|gif|bmp|webp|tiff?)\b|\bdata:|~|\.\.", re.IGNORECASE)
 

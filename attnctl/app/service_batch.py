@@ -10,12 +10,12 @@ from pathlib import Path
 from rich.progress import Progress, TaskID
 
 from attnctl import batch
-from attnctl.app.job_files import read_jobs
-from attnctl.app.jobs import Job
-from attnctl.app.loading import embedded
+from attnctl.app.batch.job_files import read_jobs
+from attnctl.app.batch.jobs import Job
 from attnctl.app.service import Asked, Service, ServiceError, Shown, check_files
 from attnctl.app.watched import Bar
 from attnctl.files import no_files
+from attnctl.loading import embedded
 
 TURN = 8  # pictures in a row; then other visitors have their turn
 

@@ -3,13 +3,13 @@
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from attnctl.engine.families import family_of
-from attnctl.engine.sites import Selection, discover, select
+from attnctl.engine.families.registry import discover, family_of
+from attnctl.engine.sites import Selection, select
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from attnctl.engine.families import Family
+    from attnctl.engine.families.record import Family
     from attnctl.engine.sites import Site
 
 HEADINGS = ("layer", "block", "site", "kind", "heads", "dim", "grid", "text keys")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+from attnctl.engine import training
 from attnctl.engine.control import Control
-from attnctl.engine.installation import Wiring
+from attnctl.engine.installation import Installation
 from attnctl.engine.run import Run
 from attnctl.engine.sites import Site
+from attnctl.engine.training import Batch
 from attnctl.errors import ControlError
 
 
@@ -70,27 +74,66 @@ class Attachment:
     def __init__(self, pipe: Any, controls: tuple[Control, ...], prompt: str | list[str] | None) -> None:
         self.pipe, self.controls, self.prompt = pipe, controls, prompt
         self.latest: Run | None = None  # the latest pipeline call; set as it begins
-        self._wiring: Wiring | None = Wiring.of(pipe)
-        self.family = self._wiring.family.name
-        available = tuple(self._wiring.sites.values())
+        self._installation: Installation | None = Installation.of(pipe)
+        target = self._installation.target
+        self.family = target.family.name
+        available = tuple(target.sites.values())
         self.selected: tuple[tuple[Site, ...], ...] = tuple(control.sites(available) for control in controls)
-        seen = {id(control) for control in self._wiring.controls()}
+        seen = {id(control) for control in target.controls()}
         for control in controls:
             if id(control) in seen:
                 raise ControlError(f"this {type(control).__name__} object is attached already; make another one")
             seen.add(id(control))
-        self._wiring.add(self)
+        self._installation.add(self)
 
     def release(self) -> None:
         """Undo everything this attachment did to the pipeline. Results stay readable."""
-        wiring, self._wiring = self._wiring, None
-        if wiring is not None:
-            wiring.remove(self)
+        installation, self._installation = self._installation, None
+        if installation is not None:
+            installation.remove(self)
+
+    def batch(
+        self,
+        prompts: Sequence[str],
+        *,
+        prompt_2: Sequence[str] | None = None,
+        prompt_3: Sequence[str] | None = None,
+        max_sequence_length: int | None = None,
+    ) -> AbstractContextManager[Batch]:
+        """A block of a training loop, in which the denoiser is called by hand and the controls act.
+
+            live = LiveMaps("cat", "dog")
+            with attach(pipe, live) as attached:
+                for captions, noisy, timesteps, text in batches:
+                    with attached.batch(captions) as batch:
+                        prediction = pipe.unet(noisy, timesteps, text).sample
+                    maps = batch.state(live).maps()  # (rows, phrases, height, width), with their gradient
+                    (my_loss(prediction) + my_map_loss(maps)).backward()
+
+        Every row is conditional. Nothing of a sampler is read: each row may have a timestep of its own, each batch its
+        own captions, number of rows and size. Gradient checkpointing works if it is not reentrant (diffusers' is not):
+        call `backward` of one batch before the next forward.
+
+        Args:
+            prompts: the caption of each row.
+            prompt_2, prompt_3: what further text encoders read, if that is something else.
+            max_sequence_length: rows of the text that T5 makes, as given to `encode_prompt` (SD 3, FLUX).
+
+        Raises:
+            ControlError: the rows of a forward are not as many as the prompts, a control acts on steps of a sampler, a
+                pipeline is called inside the block, or the attachment is released.
+            PhraseError: as the controls raise it at the first forward.
+        """
+        texts = {"prompt": prompts, "prompt_2": prompt_2, "prompt_3": prompt_3}
+        given = {name: each for name, each in texts.items() if each is not None}
+        if self._installation is None:
+            raise ControlError("the attachment is released; attach again")
+        return training.batch(self._installation.interception, given, max_sequence_length)
 
     def __repr__(self) -> str:
         names = ", ".join(type(control).__name__ for control in self.controls) or "no control"
         calls = "nothing drawn yet" if self.latest is None else f"{self.latest.calls} denoiser calls"
-        released = ", released," if self._wiring is None else ""
+        released = ", released," if self._installation is None else ""
         return f"<Attachment{released} of {names} on {type(self.pipe).__name__}, {calls}>"
 
     def __enter__(self) -> Attachment:
@@ -117,9 +160,7 @@ class Attachment:
         Raises:
             ControlError: no `TokenMaps` is attached, or the pipeline has not been called.
         """
-        from attnctl.maps.reader import TokenMaps
-
-        control = next((c for c in self.controls if isinstance(c, TokenMaps)), None)
+        control = next((c for c in self.controls if c.gives_maps), None)
         if control is None:
             raise ControlError("there are no maps: attach a TokenMaps() control to record them")
         return self.run.state(control)
@@ -127,7 +168,7 @@ class Attachment:
     @property
     def report(self) -> Report:
         """What this attachment does and has done."""
-        seats = self._wiring.seats if self._wiring else {}
+        seats = self._installation.target.seats if self._installation else {}
         states = self.latest.states(self.controls) if self.latest else ()
         return Report(
             family=self.family,

@@ -1,18 +1,19 @@
-"""One denoiser call: which run and step it is, which rows are what, and how an edit of the latents gets into it."""
+"""One denoiser call: its arguments, which run it belongs to, which rows are what, and what it predicts."""
 
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnctl.engine.control import Rows
-from attnctl.engine.families import Family
-from attnctl.engine.run import Run, Sample, Texts
-from attnctl.errors import ControlError, UnsupportedPipelineError
+from attnctl.engine.families.record import Family
+from attnctl.engine.run import Run, Step, Texts
+from attnctl.errors import ControlError
 
+WEIGHT = re.compile(r"\([^()]*\)[\d.+-]+|\([^()]*:[\d.]+\)|\w\+\+*(?=[\s,.]|$)|\w--+(?=[\s,.]|$)")  # of compel, A1111
 PROMPTS = ("prompt", "prompt_2", "prompt_3")  # arguments of encode_prompt, where a pipeline has them
 
 
@@ -22,15 +23,28 @@ def named(denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     return {name: _snapshot(value) for name, value in (dict(zip(names, args, strict=False)) | kwargs).items()}
 
 
-def same_text(one: Tensor, other: Tensor) -> bool:
-    """Whether two embeddings are the same: one tensor, or the same numbers."""
-    return one is other or (one.shape == other.shape and torch.equal(one, other.to(one)))
-
-
 def spread(arguments: dict[str, Any], positional: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments by name, as they were given: the first so many without their names, which hooks of others may read."""
     names = list(arguments)
     return tuple(arguments[name] for name in names[:positional]), {name: arguments[name] for name in names[positional:]}
+
+
+def rows_kept(step: Step, keep: slice | list[int]) -> dict[str, Any]:
+    """The call's arguments with only these rows of every batched tensor; containers are copied, not shared."""
+    rows, shared = step.rows, step.run.family.shared
+
+    def take(value: Any, batched: bool) -> Any:
+        if isinstance(value, Tensor):
+            if batched and value.ndim and value.shape[0] == rows.total:
+                value = value[keep]
+            return value.clone() if value.is_inference() else value  # an inference tensor cannot be saved for backward
+        if isinstance(value, dict):
+            return {k: take(v, batched) for k, v in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(take(v, batched) for v in value)
+        return value
+
+    return {name: take(value, name not in shared) for name, value in step.arguments.items()}
 
 
 def _snapshot(value: Any) -> Any:
@@ -40,29 +54,30 @@ def _snapshot(value: Any) -> Any:
     return type(value)(map(_snapshot, value)) if type(value) in (list, tuple) else value
 
 
-def guided(pipe: Any, heard: dict[str, Any] | None) -> bool:
+def guided(pipe: Any, words: dict[str, Any] | None) -> bool:
     """True if the pipeline runs classifier-free guidance in this call, as it told `encode_prompt` or says itself."""
-    if heard is not None and heard.get("do_classifier_free_guidance") is not None:
-        return bool(heard["do_classifier_free_guidance"])
+    if words is not None and words.get("do_classifier_free_guidance") is not None:
+        return bool(words["do_classifier_free_guidance"])
     try:
         return bool(pipe.do_classifier_free_guidance)
     except AttributeError:  # no such property, or the pipeline was never called
         return False
 
 
-def texts(heard: dict[str, Any] | None, given: str | list[str] | None, images: int) -> Texts:
+def texts(words: dict[str, Any] | None, given: str | list[str] | None, images: int) -> Texts:
     """One text per image for each prompt argument.
 
     Args:
-        heard: arguments of `encode_prompt`, or None if it was not called.
+        words: arguments of `encode_prompt`, or None if it was not called.
         given: what the caller of `attach` said; counts only where the pipeline was given embeddings.
         images: how many pictures there are.
 
     Raises:
         ControlError: the number of texts does not divide the number of pictures.
     """
-    found: dict[str, str | list[str] | None] = {name: (heard or {}).get(name) for name in PROMPTS}
+    found: dict[str, str | list[str] | None] = {name: (words or {}).get(name) for name in PROMPTS}
     if found["prompt"] is None:
+        _check_plain(given)
         found["prompt"] = given
     result: Texts = {}
     for name, text in found.items():
@@ -75,52 +90,34 @@ def texts(heard: dict[str, Any] | None, given: str | list[str] | None, images: i
     return result
 
 
-def images_of(heard: dict[str, Any] | None) -> int | None:
+def _check_plain(given: str | list[str] | None) -> None:
+    """Raise if a text that was told for embeddings has weights, since their signs are no tokens of it."""
+    for text in [given] if isinstance(given, str) else given or ():
+        if weight := WEIGHT.search(text):
+            raise ControlError(f"attach(prompt=...) has a weight, {weight[0]!r}; say the words as they were encoded")
+
+
+def images_of(words: dict[str, Any] | None) -> int | None:
     """How many pictures the arguments of `encode_prompt` ask for."""
-    if heard is None:
+    if words is None:
         return None
-    prompt, embeds = heard.get("prompt"), heard.get("prompt_embeds")
+    prompt, embeds = words.get("prompt"), words.get("prompt_embeds")
     if prompt is None and embeds is None:
         return None
-    each = heard.get("num_images_per_prompt") or 1
+    each = words.get("num_images_per_prompt") or 1
     if prompt is None:
         return int(embeds.shape[0]) * each  # type: ignore[union-attr]
     return each * (1 if isinstance(prompt, str) else len(prompt))
 
 
-def rows_of(run: Run, total: int, branch: str | None, extra: bool) -> Rows:
-    """Which rows of a denoiser call are what.
-
-    Args:
-        total: batch size of the call.
-        branch: name of the `cache_context` the call was made in.
-        extra: a further pass over conditional rows.
-
-    Raises:
-        UnsupportedPipelineError: more parts than [uncond; cond], in an order nobody has told us.
-    """
-    images = run.images
-    if run.family.branches == "sequential":
-        everything = slice(0, total)
-        return Rows(None, everything, total) if branch == "uncond" else Rows(everything, None, total)
-    if extra or total == images:
-        return Rows(slice(0, total), None, total)
-    if run.guided and total == 2 * images:
-        return Rows(slice(images, total), slice(0, images), total)
-    raise UnsupportedPipelineError(
-        f"{type(run.pipe).__name__} calls its denoiser with {total} rows for {images} images; "
-        "attnctl knows one row per image, or an unconditional and a conditional one"
-    )
-
-
 def start_run(
-    family: Family, pipe: Any, denoiser: Any, arguments: dict[str, Any], heard: dict[str, Any] | None, given: Any
+    family: Family, pipe: Any, denoiser: Any, arguments: dict[str, Any], words: dict[str, Any] | None, given: Any
 ) -> Run:
     """The run that a denoiser call opens."""
     sample = arguments[family.sample]
     total = sample.shape[0]
-    halved = guided(pipe, heard)
-    images = images_of(heard) or total // (2 if family.branches == "batched" and halved and total % 2 == 0 else 1)
+    halved = guided(pipe, words)
+    images = images_of(words) or total // (2 if family.branches == "batched" and halved and total % 2 == 0 else 1)
     scheduler = getattr(pipe, "scheduler", None)
     timesteps = getattr(scheduler, "timesteps", None)
     schedule = 0 if timesteps is None else len(timesteps)
@@ -129,7 +126,7 @@ def start_run(
     if schedule and now is not None:
         now = torch.as_tensor(now, dtype=torch.float32).flatten()[0].cpu() * family.time
         start = int((timesteps.float().cpu() - now).abs().argmin())  # type: ignore[union-attr]
-    steps = (getattr(pipe, "num_timesteps", None) if heard is not None else None) or schedule - start
+    steps = (getattr(pipe, "num_timesteps", None) if words is not None else None) or schedule - start
     return Run(
         family=family,
         pipe=pipe,
@@ -137,8 +134,9 @@ def start_run(
         guided=halved,
         latent_size=family.latent_size(denoiser, sample, arguments),
         steps=steps,
-        texts=texts(heard, given, images),
-        max_sequence_length=(heard or {}).get("max_sequence_length"),
+        texts=texts(words, given, images),
+        max_sequence_length=(words or {}).get("max_sequence_length"),
+        text_rows=text.shape[1] if isinstance(text := arguments.get(family.text), Tensor) else None,
         start=start,
         schedule=schedule,
     )
@@ -146,10 +144,11 @@ def start_run(
 
 def tokens_drawn(run: Run, raw: Tensor) -> int | None:
     """How many tokens of packed latents are the picture that is drawn, if a reference picture follows them; or None."""
-    if raw.ndim != 3:
+    packing = run.family.packing
+    if packing == 1:
         return None
     height, width = run.latent_size
-    cells = (height // 2) * (width // 2)
+    cells = (height // packing) * (width // packing)
     return cells if raw.shape[1] > cells else None
 
 
@@ -164,33 +163,6 @@ def sigma_of(pipe: Any, position: int) -> float | None:
     """The noise level at a position of the schedule, if the scheduler keeps such a list."""
     sigmas = getattr(getattr(pipe, "scheduler", None), "sigmas", None)
     return float(sigmas[position]) if sigmas is not None and position < len(sigmas) else None
-
-
-def written(pipe: Any, sample: Sample, raw: Tensor, timestep: Any) -> Tensor:
-    """The denoiser's input with the edited latents in it, for every branch, scaled as the pipeline would have.
-
-    An image whose latents nobody changed keeps its input to the bit.
-    """
-    edited = sample.edited
-    assert edited is not None
-    if sample.scale != 1.0:
-        scaled = pipe.scheduler.scale_model_input(edited, timestep)
-        own = sample.raw[sample.rows].narrow(sample.dim, 0, sample.channels)
-        same = (edited == sample.base).flatten(1).all(dim=1)
-        edited = torch.where(same.view(-1, *[1] * (own.ndim - 1)), own, scaled.to(own.dtype))
-    return sample.replaced(raw, edited)
-
-
-def stepped(sample: Sample, latents: Tensor) -> Tensor:
-    """The sample `scheduler.step` should see in place of `latents`, given what the controls made of the step's."""
-    edited = sample.edited
-    if edited is None:
-        return latents
-    if latents.shape != edited.shape:
-        raise ControlError(f"the scheduler steps latents of shape {tuple(latents.shape)}, not {tuple(edited.shape)}")
-    if sample.scale == 1.0 and latents.dtype == edited.dtype:
-        return edited
-    return latents + (edited - sample.base).to(latents.dtype)  # keeps what rounding or a lower precision lost
 
 
 def prediction(output: Any) -> tuple[Tensor, Any]:

@@ -7,19 +7,17 @@ Controls are frozen dataclasses of settings. Whatever changes while a picture is
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from attnctl.engine.run import Run, Step
+from attnctl.engine.sites import Site
 from attnctl.errors import ControlError
-
-if TYPE_CHECKING:
-    from attnctl.engine.run import Run, Step
-    from attnctl.engine.sites import Site
 
 
 class Lane(enum.Enum):
@@ -34,13 +32,16 @@ class Lane(enum.Enum):
     GRADIENT = "gradient"  # reads sites in an extra forward with gradients, `Step.probe`
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Which batch rows of one denoiser call are what. Contiguous; None where this call has no such rows."""
+class Groups(Protocol):
+    """Which rows see which keys, without a mask; see `attnctl.processors.row_groups.RowGroups`."""
 
-    cond: slice | None
-    uncond: slice | None
-    total: int
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None, kernel: Callable[..., Tensor]
+    ) -> Tensor:
+        """Attention in which each row sees its own keys only, with `bias` on top."""
+
+    def dense(self, batch: int, like: Tensor) -> Tensor:
+        """The same as a bias, (batch or 1, 1, queries, keys) in the dtype and on the device of `like`."""
 
 
 @dataclass
@@ -58,6 +59,8 @@ class AttentionCall:
         grid: (height, width) of the image queries.
         text: slice over keys that are text tokens; empty at self sites.
         image: slice over queries that are image; at self and joint sites it selects the same rows among the keys.
+        groups: None, or which rows see which keys, on top of the bias. Only controls of the lanes BIAS and QKV get to
+            see it; all others find it in the bias.
     """
 
     q: Tensor
@@ -71,6 +74,7 @@ class AttentionCall:
     grid: tuple[int, int]
     text: slice
     image: slice
+    groups: Groups | None = None
 
     def replace(self, **changes: Any) -> AttentionCall:
         """A copy with some fields changed; the original is left alone."""
@@ -90,6 +94,18 @@ class AttentionCall:
             return self.replace(bias=closed + extra)
         return self.replace(bias=self.bias + extra)
 
+    def add_groups(self, groups: Groups) -> AttentionCall:
+        """A copy whose rows see only what these groups, the bias and the groups that are there let them see."""
+        if self.groups is None:
+            return self.replace(groups=groups)
+        return self.add_bias(groups.dense(self.q.shape[0], self.q))
+
+    def dense(self) -> AttentionCall:
+        """The same call without groups: what they say is in the bias."""
+        if self.groups is None:
+            return self
+        return self.replace(groups=None).add_bias(self.groups.dense(self.q.shape[0], self.q))
+
 
 Proceed = Callable[[AttentionCall], Tensor]
 
@@ -99,6 +115,7 @@ class Control:
 
     lane: ClassVar[Lane] = Lane.IDENTITY
     innermost: ClassVar[bool] = False  # comes after those that edit queries, keys, values or logits, however listed
+    gives_maps: ClassVar[bool] = False  # its state in a run is what `attachment.maps` gives
 
     def sites(self, available: tuple[Site, ...]) -> tuple[Site, ...]:
         """The sites this control touches. () for a control that acts on steps only.
@@ -126,6 +143,14 @@ class Control:
             (batch, heads, queries, head_dim).
         """
         return proceed(call)
+
+    def inputs(self, step: Step) -> Mapping[str, Any]:
+        """Called before each denoiser call, unconditional and further ones too.
+
+        Returns:
+            Arguments to use instead of the pipeline's, by name. Not the latents: those are `step.latents`.
+        """
+        return {}
 
     def before_denoise(self, step: Step) -> None:
         """Called before each conditional denoiser forward. May assign `step.latents` and call `step.probe`."""
@@ -166,10 +191,16 @@ def run_chain(
 
     def proceed(position: int, call: AttentionCall) -> Tensor:
         if see is not None and (position == len(chain) or chain[position].lane is Lane.PROBS):
-            see(call)
+            see(call.dense())
         if position == len(chain):
+            if call.groups is not None:
+                return call.groups.attend(call.q, call.k, call.v, call.bias, call.scale, kernel)
             return kernel(call.q, call.k, call.v, call.bias, call.scale)
-        return chain[position].attend(call, partial(proceed, position + 1))
+        control = chain[position]
+        if call.groups is None or control.lane in (Lane.BIAS, Lane.QKV):
+            return control.attend(call, partial(proceed, position + 1))
+        shown = call.dense()  # it may read the bias; if it hands on what it was shown, the groups stay groups
+        return control.attend(shown, lambda edited: proceed(position + 1, call if edited is shown else edited))
 
     out = proceed(0, call)
     expected = (*call.q.shape[:-1], call.v.shape[-1])
@@ -192,3 +223,23 @@ def nest(controls: Sequence[Control], site: Site) -> tuple[Control, ...]:
         names = " and ".join(type(c).__name__ for c in owners)
         raise ControlError(f"{names} both own the attention probabilities of {site.name}; attach one of them at a time")
     return tuple(sorted(controls, key=lambda c: 2 if c.lane is Lane.PROBS else int(c.innermost)))  # a stable sort
+
+
+def check_window_in_run(window: tuple[float, float], run: Run) -> None:
+    """Raise if a window holds none of the steps of a run, as that of an image-to-image call may not."""
+    left = run.fractions
+    if left and not any(window[0] <= at < window[1] for at in left):
+        raise ControlError(
+            f"window {window} holds none of the {len(left)} steps of this run, which lie from {left[0]:.2f} "
+            f"to {left[-1]:.2f} of the schedule"
+        )
+
+
+def check_window(window: tuple[float, float]) -> None:
+    """Raise unless this is a part of the schedule."""
+    try:
+        fits = len(window) == 2 and 0 <= window[0] < window[1] <= 1
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ControlError(f"window is (start, end) with 0 <= start < end <= 1, parts of the schedule; not {window!r}")

@@ -1,4 +1,4 @@
-"""Flow: what happens between a pipeline and its denoiser while controls are attached.
+"""Interception: what happens between a pipeline and its denoiser while controls are attached.
 
 A pipeline call passes five patches, in this order: `check_inputs` (a call begins), `encode_prompt` (the words), and for
 each step the denoiser's `cache_context` (which branch), the denoiser (a run or step opens, controls edit latents, act
@@ -11,128 +11,164 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from attnctl.engine import calls as calls
+from attnctl.engine import calls
+from attnctl.engine.branches import Branches
 from attnctl.engine.control import AttentionCall, Control, Lane, run_chain
-from attnctl.engine.probe import Watch, frozen, in_backward
-from attnctl.engine.run import Run, Sample, Step
+from attnctl.engine.latents import Sample, stepped, written
+from attnctl.engine.passes import Passes
+from attnctl.engine.run import Run, Step
 from attnctl.engine.seam import Kernel
 from attnctl.engine.sites import Site
-from attnctl.engine.thread_guard import Turn
+from attnctl.engine.target import Target
+from attnctl.engine.thread_guard import ThreadGuard
 from attnctl.errors import AttnctlError, ControlError, UnsupportedPipelineError
 
-if TYPE_CHECKING:
-    from attnctl.engine.installation import Wiring
+
+class Renewed(Protocol):
+    """What is asked of whoever installed us, since pipelines change between calls."""
+
+    def refresh(self) -> None:
+        """Patch what the pipeline holds now."""
+
+    def reseat(self) -> None:
+        """Take the attention modules back whose processors were set since."""
 
 
-class Flow:
-    """The state of the pipeline call under way on one wiring."""
+class Interception:
+    """The state of the pipeline call under way on one target."""
 
-    def __init__(self, wiring: Wiring) -> None:
-        self.wiring = wiring
-        self.heard: list[dict[str, Any]] | None = None  # what encode_prompt was given since the pipeline was called
-        self.encoded: list[list[Tensor]] = []  # what it returned, call by call: embeddings of texts
+    def __init__(self, target: Target, installed: Renewed) -> None:
+        self.target, self.installed = target, installed
+        self.passes = Passes(target)
+        self.words: list[dict[str, Any]] | None = None  # what encode_prompt was given since the pipeline was called
+        self.branches = Branches()
         self.run: Run | None = None
         self.sample: Sample | None = None  # of the step under way, until scheduler.step has taken its edits
         self.solved = 0  # calls of scheduler.step in this run
-        self.acting: Step | None = None  # while the pipeline's own denoiser forward runs
-        self.watching: Watch | None = None  # while a probe runs
-        self.probed: Step | None = None  # the step of the latest probe
-        self.resting: ExitStack | None = None  # while controls themselves run; a denoiser they call is a plain one
         self.term: Tensor | None = None  # of guidance, of the step under way
         self.unguided = False  # the step under way has had its unconditional call, but no conditional one
-        self.frozen = False  # while a control may differentiate what a probe recorded
-        self.branch: tuple[str, dict[str, Any], ExitStack] | None = None  # the cache_context we are in
-        self.turn = Turn(type(wiring.pipe).__name__, lambda: wiring.pipe in _calling())
+        # (original call, arguments, arguments by name) -> output, while denoiser calls are a training loop's
+        self.training: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any] | None = None
+        self.guard = ThreadGuard(type(target.pipe).__name__, lambda: target.pipe in _calling())
 
     def on_check(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.training is not None:
+            raise ControlError("a pipeline was called inside a training batch; leave its block first")
         self._arrive()  # every pipeline calls check_inputs first
         return original(*args, **kwargs)
 
     def on_encode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self.heard is None:  # a pipeline without check_inputs, or somebody encoding by hand
+        if self.training is not None:  # a loop that has its captions encoded
+            return original(*args, **kwargs)
+        by_hand = self.run is not None and not self.guard.calling()  # encoding for the next picture of a loop
+        if self.words is None or by_hand:  # a pipeline without check_inputs, or somebody encoding by hand
             self._arrive()
-        bound = inspect.signature(type(self.wiring.pipe).encode_prompt).bind(self.wiring.pipe, *args, **kwargs)
+        if getattr(self.target.pipe, "do_perturbed_attention_guidance", False):
+            who = type(self.target.pipe).__name__
+            raise UnsupportedPipelineError(
+                f"{who} swaps attention processors for its own perturbed attention guidance; call it with pag_scale=0 "
+                "and attach Pag()"
+            )
+        bound = inspect.signature(type(self.target.pipe).encode_prompt).bind(self.target.pipe, *args, **kwargs)
         bound.apply_defaults()
-        self.heard = [*(self.heard or []), bound.arguments]
+        self.words = [*(self.words or []), bound.arguments]
         returned = original(*args, **kwargs)
-        parts = returned if isinstance(returned, tuple) else (returned,)
-        self.encoded.append([part for part in parts if isinstance(part, Tensor) and part.ndim == 3])
+        self.branches.encoded(returned)
         return returned
 
     def _arrive(self) -> None:
         """A pipeline call begins."""
-        self.turn.begin(at_work=self.acting is not None or self.resting is not None)
+        self.guard.begin(at_work=self.passes.acting is not None or self.passes.resting)
         self.finish()
-        self.heard, self.encoded = [], []
-        self.wiring.refresh()
+        self.words = []
+        self.installed.refresh()
 
     def finish(self) -> None:
         """The run under way, if any, is over or was given up."""
-        run, self.run, self.sample, self.heard = self.run, None, None, None
-        self.term, self.unguided, self.encoded = None, False, []
+        self.words = None
+        self.branches.clear()
+        self._end_run()
+
+    def _end_run(self) -> None:
+        run, self.run, self.sample = self.run, None, None
+        self.term, self.unguided = None, False
         if run is not None:
-            with self._rest():
+            with self.passes.rest():
                 run.end()
+
+    def on_guider(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A Modular Diffusers pipeline has its guider prepare the batches of a step."""
+        batches = original(*args, **kwargs)
+        self.branches.prepared(batches)
+        return batches
 
     def on_context(self, original: Callable[..., Any], name: str, **kwargs: Any) -> AbstractContextManager[None]:
         @contextmanager
         def recorded() -> Iterator[None]:
-            outer = self.branch
+            outer = self.passes.branch
             with ExitStack() as stack:
                 stack.enter_context(original(name, **kwargs))
-                self.branch = name, kwargs, stack
+                self.passes.branch = name, kwargs, stack
                 try:
                     yield
                 finally:
-                    self.branch = outer
+                    self.passes.branch = outer
 
         return recorded()
 
     def on_call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             raise AttnctlError("the denoiser was compiled while controls were attached; attach again")
-        if self.resting:
+        if self.passes.resting:
             return original(*args, **kwargs)
-        self.turn.go_on()
-        wiring, name = self.wiring, self.wiring.family.sample
-        step = self._open(calls.named(wiring.model, args, kwargs), len(args))
+        if self.training is not None:
+            return self.training(original, args, kwargs)
+        self.guard.go_on()
+        target, name = self.target, self.target.family.sample
+        if (other := _drawing(target.pipe)) is not None:
+            raise ControlError(
+                f"this {type(target.model).__name__} is under control through a {type(target.pipe).__name__}, but a "
+                f"{type(other).__name__} draws with it; attach to that one"
+            )
+        step = self._open(calls.named(target.model, args, kwargs), len(args))
+        if step.changed:
+            args, kwargs = calls.spread(step.arguments, len(args))
         if step.sample.edited is not None:
-            fresh = calls.written(wiring.pipe, step.sample, step.arguments[name], step.timestep)
+            fresh = written(target.pipe, step.sample, step.arguments[name], step.timestep)
             args, kwargs = ((fresh, *args[1:]), kwargs) if args else ((), {**kwargs, name: fresh})
-        self.acting = step
-        try:
-            with step.prefix.recorded() if step.prefix is not None else nullcontext():
-                output = original(*args, **kwargs)
-        finally:
-            self.acting = None
+        with self.passes.again(step), step.prefix.recorded() if step.prefix is not None else nullcontext():
+            output = original(*args, **kwargs)
         run = step.run
         run.passes["main"] = run.passes.get("main", 0.0) + step.rows.total / run.images
         return self._close(step, output)
 
     def _open(self, arguments: dict[str, Any], positional: int) -> Step:
         """The step a denoiser call is, after the controls have had their say before it."""
-        wiring, family, pipe = self.wiring, self.wiring.family, self.wiring.pipe
+        target, family, pipe = self.target, self.target.family, self.target.pipe
         raw, timestep, text = (
             arguments[family.sample],
             arguments.get("timestep"),
-            arguments.get("encoder_hidden_states"),
+            arguments.get(family.text),
         )
+        if self.run is not None and family.latent_size(target.model, raw, arguments) != self.run.latent_size:
+            self._end_run()  # a loop by hand goes on to pictures of another size
         run = self.run = self.run or self._start(arguments)
-        for attachment in wiring.attachments:
+        for attachment in target.attachments:
             attachment.latest = run
-        extra = arguments.get("skip_layers") is not None
-        rows = calls.rows_of(run, raw.shape[0], self._branch_of(text), extra)
+        extra = arguments.get("skip_layers") is not None or self.branches.of(text) == "extra"
+        self.branches.told = self.passes.branch[0] if self.passes.branch else None
+        rows = self.branches.rows(run, raw.shape[0], text, extra)
         first = rows.cond is not None and not extra
         if first or self.sample is None:
             own, scale = rows.cond or slice(0, rows.total), calls.scale_of(family, pipe, timestep)
-            channels, tokens = family.latent_channels(wiring.model), calls.tokens_drawn(run, raw)
-            self.sample = Sample(raw, own, channels, family.channels, scale, tokens)
+            channels, tokens = family.latent_channels(target.model), calls.tokens_drawn(run, raw)
+            self.sample = Sample(raw, own, channels, family.channel_dim, scale, tokens)
         index = run.calls if first else max(run.calls - 1, 0)
         position = run.start + index
         step = Step(
@@ -144,18 +180,21 @@ class Flow:
             sigma=calls.sigma_of(pipe, position),
             fraction=min(position / run.schedule, 1.0) if run.schedule else 0.0,
             sample=self.sample,
-            wiring=wiring,
+            passes=self.passes,
             arguments=arguments,
             extra=extra,
+            corrector=not getattr(getattr(pipe, "scheduler", None), "state_in_first_order", True),
             text_rows=text.shape[1] if isinstance(text, Tensor) else None,
             positional=positional,
             images=tuple(range(run.images)),
         )
-        with self._rest():
-            for control in wiring.controls():
+        with self.passes.rest():
+            for control in target.controls():
                 run.begin(control)
+            for control in target.controls():
+                step.change(control.inputs(step))
             if first:
-                for control in wiring.controls():
+                for control in target.controls():
                     before = step.sample.edited
                     control.before_denoise(step)
                     if step.sample.edited is not before:
@@ -163,43 +202,26 @@ class Flow:
         run.calls += first
         return step
 
-    def _branch_of(self, text: Any) -> str | None:
-        """Which half of guidance in two calls this is: by what was encoded, else by the `cache_context` we are in.
-
-        Some pipelines (FLUX image to image, inpainting, Kontext) name no context. They encode the prompt first, then
-        the negative one.
-        """
-        told = self.branch[0] if self.branch else None
-        if not isinstance(text, Tensor) or len(self.encoded) < 2 or self.wiring.family.branches != "sequential":
-            return told
-        positive, negative = (any(calls.same_text(text, one) for one in own) for own in self.encoded[:2])
-        return told if positive == negative else "cond" if positive else "uncond"
-
     def _start(self, arguments: dict[str, Any]) -> Run:
-        wiring = self.wiring
-        if self.heard == []:
-            who = type(wiring.pipe).__name__
+        target = self.target
+        if self.words == []:
+            who = type(target.pipe).__name__
             raise UnsupportedPipelineError(
                 f"{who} drew without calling encode_prompt, so its rows cannot be told apart"
             )
-        if self.heard is None and (other := _drawing(wiring.pipe)) is not None:
-            raise ControlError(
-                f"this {type(wiring.model).__name__} is under control through a {type(wiring.pipe).__name__}, but a "
-                f"{type(other).__name__} draws with it; attach to that one"
-            )
-        given = next((a.prompt for a in wiring.attachments if a.prompt is not None), None)
-        heard = self.heard[0] if self.heard else None  # the second, if any, is FLUX's negative prompt
+        given = next((a.prompt for a in target.attachments if a.prompt is not None), None)
+        words = self.words[0] if self.words else None  # the second, if any, is FLUX's negative prompt
         self.solved = 0
-        wiring.reseat()
-        return calls.start_run(wiring.family, wiring.pipe, wiring.model, arguments, heard, given)
+        self.installed.reseat()
+        return calls.start_run(target.family, target.pipe, target.model, arguments, words, given)
 
     def _close(self, step: Step, output: Any) -> Any:
         """The denoiser's output after the controls have had their say."""
         tensor, wrap = calls.prediction(output)
         edited = step.prediction = tensor
         if not step.extra:
-            with self._rest():
-                for control in self.wiring.controls():
+            with self.passes.rest():
+                for control in self.target.controls():
                     answer = control.after_denoise(step, edited)
                     edited = edited if answer is None else answer
             self._keep_term(step)
@@ -215,22 +237,22 @@ class Flow:
             return
         self.term = step.term
         if self.term is not None and self.unguided:
-            who = type(self.wiring.pipe).__name__
+            who = type(self.target.pipe).__name__
             raise ControlError(f"{who} makes its unconditional call first, so a term of guidance comes too late for it")
 
     def on_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self.turn.go_on()
+        self.guard.go_on()
         sample, self.sample = self.sample, None
         self.term, self.unguided = None, False
         if sample is not None and sample.edited is not None:
-            scheduler = self.wiring.patches["step"].owner
+            scheduler = self.target.patches["step"].owner
             bound = inspect.signature(type(scheduler).step).bind(scheduler, *args, **kwargs)
-            bound.arguments["sample"] = calls.stepped(sample, bound.arguments["sample"])
+            bound.arguments["sample"] = stepped(sample, bound.arguments["sample"])
             args, kwargs = bound.args[1:], bound.kwargs
         result = original(*args, **kwargs)
         self.solved += 1
         if self.run is not None and self.solved == self.run.steps:
-            self.turn.done()
+            self.guard.done()
             self.finish()
         return result
 
@@ -239,86 +261,27 @@ class Flow:
         kernel: Kernel,
     ) -> Tensor:  # fmt: skip
         """One attention call of a controlled site, see `seam.Seat`."""
-        step = self.watching.step if self.watching else self.acting
-        if step is None and in_backward():  # a block of a probe runs again, under the user's own checkpointing
-            step = self.probed
+        step, watching = self.passes.step, self.passes.watching
         if index or step is None:
             return kernel(q, k, v, bias, scale)
         grid = site.grid(*step.run.latent_size) if site.factor is not None else (0, 0)
         text, image = site.layout(grid, q.shape[2], k.shape[2], step.text_rows)
         call = AttentionCall(q, k, v, bias, scale, site, step, index, grid, text, image)
-        chain = self.wiring.chains[site.name]
+        chain = self.target.chains[site.name]
         if step.extra or step.pass_name != "main":
             chain = tuple(control for control in chain if control.lane is not Lane.MAPS)
-        if self.watching is None:
+        if watching is None:
             return run_chain(chain, call, kernel)
-        out = run_chain(chain, call, kernel, self.watching.see)
-        self.watching.see(call)  # if a control has put something else in the place of attention
+        out = run_chain(chain, call, kernel, watching.see)
+        watching.see(call)  # if a control has put something else in the place of attention
         return out
-
-    @contextmanager
-    def _rest(self) -> Iterator[None]:
-        """Controls run: outside inference mode, so that a gradient may be taken, and without recording one."""
-        with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
-            before, self.resting = self.resting, stack
-            try:
-                yield
-            finally:
-                self.resting, self.probed = before, None
-
-    def freeze(self) -> None:
-        """Parameters ask for no gradients until the controls are done; checkpointed blocks run again in a backward."""
-        if self.resting is None:
-            raise ControlError("step.probe is for before_denoise and after_denoise")
-        if not self.frozen:
-            self.resting.enter_context(frozen(self.wiring.model))
-            self.resting.callback(setattr, self, "frozen", False)
-            self.frozen = True
-
-    @contextmanager
-    def watched(self, watch: Watch) -> Iterator[None]:
-        """A probe runs."""
-        self.watching = watch
-        try:
-            with self.apart():
-                yield
-        finally:
-            self.watching, self.probed = None, watch.step
-
-    @contextmanager
-    def acts(self, step: Step) -> Iterator[None]:
-        """A further forward runs in which controls act as in this step."""
-        with self.apart(f"attnctl {step.pass_name}"), self.again(step):
-            yield
-
-    @contextmanager
-    def again(self, step: Step) -> Iterator[None]:
-        """A part of a forward runs, in which controls act as in this step."""
-        before, self.acting = self.acting, step
-        try:
-            yield
-        finally:
-            self.acting = before
-
-    @contextmanager
-    def apart(self, name: str = "attnctl") -> Iterator[None]:
-        """A forward of our own runs; step caches of the model keep its states apart under a name of its own."""
-        model = self.wiring.model
-        context: Any = getattr(type(model), "cache_context", None)
-        try:
-            with context(model, name) if context else nullcontext():
-                yield
-        finally:
-            if self.branch is not None:  # leaving any cache_context clears the one around it: enter that again
-                branch, kwargs, stack = self.branch
-                stack.enter_context(context(model, branch, **kwargs))
 
 
 def _check_finite(control: Control, step: Step) -> None:
     """Raise if a control left latents that hold infinity or no number: what is drawn from them is no picture."""
-    sound = step.latents.flatten(1).isfinite().all(dim=1).tolist()
-    if not all(sound):
-        who = step.run.describe(sound.index(False))
+    finite = step.latents.flatten(1).isfinite().all(dim=1).tolist()
+    if not all(finite):
+        who = step.run.describe(finite.index(False))
         raise ControlError(
             f"{type(control).__name__} made latents that are not finite at step {step.index}{who and f' of {who}'}; "
             "a setting such as strength is too large"

@@ -16,10 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnctl.engine.calls import prediction, spread
-from attnctl.engine.control import Rows
-from attnctl.engine.probe import rows_kept, uncompiled
-from attnctl.engine.run import Step
+from attnctl.engine.calls import rows_kept
+from attnctl.engine.run import Rows, Step
 from attnctl.errors import ControlError
 
 
@@ -49,7 +47,8 @@ def look_ahead(step: Step, steps: int, reach: float, images: Sequence[int] | Non
         there to be probed.
 
     Raises:
-        ControlError: the scheduler's noise levels are of no kind we know, or no timestep is left.
+        ControlError: the scheduler's noise levels are of no kind we know, no timestep is left, or the pipeline does not
+            tell its guidance scale.
     """
     step = step if images is None else _of(step, images)
     now = step.run.start + step.index
@@ -109,15 +108,15 @@ def flows(scheduler: Any) -> bool:
 
 def foreseen(step: Step, z: Tensor, here: Level) -> tuple[Tensor, Tensor]:
     """The picture and the noise that the denoiser sees in latents, (images, ...) each, in float32."""
-    rows, run, model = step.rows, step.run, step.wiring.model
-    own = replace(step, pass_name="look-ahead")
-    with torch.no_grad(), uncompiled(model), step.wiring.flow.acts(own):
-        args, kwargs = spread(_arguments(step, z, here), step.positional)
-        output = prediction(model(*args, **kwargs))[0].float()
+    rows, run = step.rows, step.run
+    output = step.passes.plain(step, "look-ahead", _arguments(step, z, here)).float()
     guess = output[rows.cond]
     if rows.uncond is not None:
         plain = output[rows.uncond]
-        guess = plain + float(run.pipe.guidance_scale) * (guess - plain)
+        scale = getattr(run.pipe, "guidance_scale", None)
+        if scale is None:
+            raise ControlError(f"{type(run.pipe).__name__} does not tell its guidance scale, so nothing can look ahead")
+        guess = plain + float(scale) * (guess - plain)
     guess = guess.narrow(step.sample.dim, 0, z.shape[step.sample.dim])  # a learned variance is no part of it
     guess = guess if step.sample.tokens is None else guess[:, : step.sample.tokens]  # nor a reference picture
     z, a, s = z.float(), here.picture, here.noise

@@ -1,144 +1,231 @@
-"""A further forward of the denoiser within a step, on the conditional rows, with every control that changes attention.
+"""Every forward of the denoiser of our own: probes for gradients, weak passes, look-ahead.
 
-The weak pass of perturbation guidance is one. It sees what the pipeline's own forward saw: the same prompts, timestep
-and edited latents. So up to the first place where it differs, it would compute the same again. `Prefix` keeps what the
-stages before that place gave in the pipeline's own forward, and the further pass hands it on instead of running them.
+What changes attention acts in all of them, so that a loss beside a region differentiates the model that is drawn; what
+only records does not. They run on the conditional rows and are told apart by `step.pass_name`. The pipeline's own
+forward is "main".
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attnctl.engine import calls as calls
-from attnctl.engine.control import Rows
+from attnctl.engine import calls
+from attnctl.engine.control import AttentionCall
+from attnctl.engine.latents import written
+from attnctl.engine.model_state import checkpointed, frozen, in_backward, uncompiled
 from attnctl.engine.patch import Patch
-from attnctl.engine.probe import rows_kept, uncompiled
-from attnctl.engine.run import Step
+from attnctl.engine.prefix import Prefix
+from attnctl.engine.run import Edit, Rows, Step, Watcher
+from attnctl.engine.sites import Site
+from attnctl.engine.target import Target
 from attnctl.errors import ControlError
 
-Edit = Callable[[Tensor], Tensor | None]  # of the picture's tokens that enter a block; None: the block is skipped
+
+class Stop(BaseException):
+    """All watched sites were seen. Raised in our own forward only; no `except Exception` in a model may catch it."""
 
 
-class Prefix:
-    """Which stages of a denoiser come before which, and what they gave for the conditional rows of one forward."""
+@dataclass
+class Watch:
+    """What a running probe waits for."""
 
-    def __init__(self, step: Step) -> None:
-        self.step, self.model = step, step.wiring.model
-        self.stages = stages(step)
-        self.kept: dict[int, Any] = {}
-        hooked = any(hasattr(module, "_diffusers_hook") for _, module in self.stages)  # step caches, group offload
-        self.possible = not (hooked or step.wiring.compiled or getattr(self.model, "is_cache_enabled", False))
-        self.starts: set[int] = set()
+    step: Step
+    waiting: dict[str, Watcher]  # by site name
 
-    def ask(self, site: str) -> None:
-        """Before the forward: a further pass of this step is the same up to the stage that holds this module."""
-        if self.possible:
-            self.starts.add(self.stage_of(site))
+    def see(self, call: AttentionCall) -> None:
+        """Hand a call to whoever waits for its site, and stop the forward if that was the last one."""
+        callback = self.waiting.pop(call.site.name, None)
+        if callback is not None:
+            callback(call)
+            if not self.waiting:
+                raise Stop
 
-    def stage_of(self, site: str) -> int:
-        """The number of the stage that holds a module; 0, where nothing is shared, if none does."""
-        return next((i for i, (name, _) in enumerate(self.stages) if site.startswith(f"{name}.")), 0)
 
-    def _needed(self, start: int) -> list[int]:
-        """Stages whose output a pass from `start` on reads: the one before it, and those the family names."""
-        keep_output = self.step.run.family.keep_output
-        return [i for i in range(start) if i == start - 1 or self.stages[i][0].startswith(keep_output)]
+class Passes:
+    """The pass that runs on one target, if any, and those of our own; the `Step.passes` of its steps.
+
+    Attributes:
+        acting: the step whose forward runs.
+        watching: a probe that runs.
+        branch: the `cache_context` the pipeline is in: its name, its arguments, what to leave.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.acting: Step | None = None
+        self.watching: Watch | None = None
+        self.branch: tuple[str, dict[str, Any], ExitStack] | None = None
+        self.latest: Step | None = None  # whose blocks may run again in a backward, under gradient checkpointing
+        self._resting: ExitStack | None = None  # while controls themselves run; a denoiser they call is a plain one
+        self._frozen = False  # while a control may differentiate what a probe recorded
+
+    @property
+    def resting(self) -> bool:
+        """Controls run; a denoiser that they call is a plain one."""
+        return self._resting is not None
+
+    @property
+    def step(self) -> Step | None:
+        """The step that an attention call made now belongs to; None: it is none of ours."""
+        if self.watching is not None:
+            return self.watching.step
+        if self.acting is None and in_backward():  # a block of a probe runs again, under the user's own checkpointing
+            return self.latest
+        return self.acting
+
+    # --- the passes ---------------------------------------------------------------------------------------------------
+
+    def probe(
+        self,
+        step: Step,
+        latents: Tensor,
+        watch: Mapping[Site, Watcher],
+        images: Sequence[int] | None = None,
+        checkpoint: bool = False,
+        bfloat16: bool = False,
+    ) -> None:
+        """See `Step.probe`."""
+        target, rows = self.target, step.rows
+        if strangers := [site.name for site in watch if site.name not in target.seats]:
+            raise ControlError(f"step.probe cannot watch {strangers[0]}: no attached control selects it")
+        if rows.cond is None:
+            raise ControlError("step.probe needs conditional rows, and this denoiser call has none")
+        if not watch:
+            return
+        every = range(rows.cond.start, rows.cond.stop)
+        chosen = rows.cond if images is None else [every[image] for image in images]
+        count = len(every) if images is None else len(images)
+        numbers = step.images if images is None else tuple(step.images[image] for image in images)
+        own = replace(step, rows=Rows(slice(0, count), None, count), images=numbers, pass_name="probe")
+        watching = Watch(own, {site.name: callback for site, callback in watch.items()})
+        model, sample = target.model, target.family.sample
+        self._freeze()
+        with ExitStack() as stack:
+            stack.enter_context(uncompiled(model))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            if bfloat16:
+                stack.enter_context(torch.autocast(latents.device.type, torch.bfloat16))
+            if checkpoint:
+                stack.enter_context(checkpointed(model, lambda: self.again(own)))
+            arguments = calls.rows_kept(step, chosen)
+            arguments[sample] = step.sample.replaced(arguments[sample], latents * step.scale)
+            stack.enter_context(self._watched(watching))
+            try:
+                args, kwargs = calls.spread(arguments, step.positional)
+                model(*args, **kwargs)
+            except Stop:
+                pass
+        if watching.waiting:
+            raise ControlError(
+                f"step.probe watched {next(iter(watching.waiting))}, which this denoiser call never reached"
+            )
+
+    def share(self, step: Step, site: str) -> None:
+        """See `Step.share`."""
+        step.prefix = step.prefix or Prefix(self.target, step)
+        step.prefix.ask(site)
+
+    def forward(
+        self, step: Step, name: str, start: str | None = None, blocks: Mapping[str, Edit] | None = None
+    ) -> Tensor:
+        """See `Step.forward`."""
+        target, rows = self.target, step.rows
+        if rows.cond is None:
+            raise ControlError("step.forward needs conditional rows, and this denoiser call has none")
+        count = rows.cond.stop - rows.cond.start
+        own = replace(step, rows=Rows(slice(0, count), None, count), pass_name=name, term=None)
+        arguments = calls.rows_kept(step, rows.cond)
+        if step.sample.edited is not None:
+            sample = target.family.sample
+            arguments[sample] = written(target.pipe, step.sample, arguments[sample], step.timestep)
+        with torch.no_grad(), ExitStack() as stack:
+            denoiser = target.denoiser
+            if blocks:  # a compiled graph has no block that could be reached
+                stack.enter_context(uncompiled(target.model))
+                denoiser = target.model._call_impl
+            share = step.prefix.resume(start, stack) if step.prefix is not None else 1.0
+            for block, edit in (blocks or {}).items():
+                _check_hooks(target.model.get_submodule(block), block)
+                around = _edited(target.model.get_submodule(block), edit, target.family.hands_on, step.text_rows or 0)
+                stack.callback(around.undo)
+            stack.enter_context(self._acts(own))
+            args, kwargs = calls.spread(arguments, step.positional)
+            output = denoiser(*args, **kwargs)
+        step.run.passes[name] = step.run.passes.get(name, 0.0) + share
+        return calls.prediction(output)[0]
+
+    def plain(self, step: Step, name: str, arguments: dict[str, Any]) -> Tensor:
+        """What the denoiser, as written, predicts for all rows of a step with other arguments; no gradient."""
+        with torch.no_grad(), uncompiled(self.target.model), self._acts(replace(step, pass_name=name)):
+            args, kwargs = calls.spread(arguments, step.positional)
+            return calls.prediction(self.target.model(*args, **kwargs))[0]
+
+    # --- the state around them ----------------------------------------------------------------------------------------
 
     @contextmanager
-    def recorded(self) -> Iterator[None]:
-        """The pipeline's own forward runs; what was asked for is kept."""
-        rows = self.step.rows
+    def rest(self) -> Iterator[None]:
+        """Controls run: outside inference mode, so that a gradient may be taken, and without recording one."""
+        with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+            before, self._resting = self._resting, stack
+            try:
+                yield
+            finally:
+                self._resting, self.latest = before, None
 
-        def keep(number: int, module: nn.Module, args: Any, output: Any) -> None:
-            self.kept[number] = _copy(output, rows)
+    def _freeze(self) -> None:
+        """Parameters ask for no gradients until the controls are done; checkpointed blocks run again in a backward."""
+        if self._resting is None:
+            raise ControlError("step.probe is for before_denoise and after_denoise")
+        if not self._frozen:
+            self._resting.enter_context(frozen(self.target.model))
+            self._resting.callback(setattr, self, "_frozen", False)
+            self._frozen = True
 
-        wanted = {i for start in self.starts for i in self._needed(start)}
-        handles = [self.stages[i][1].register_forward_hook(partial(keep, i)) for i in wanted]
+    @contextmanager
+    def _watched(self, watch: Watch) -> Iterator[None]:
+        """A probe runs."""
+        self.watching = watch
+        try:
+            with self._apart():
+                yield
+        finally:
+            self.watching, self.latest = None, watch.step
+
+    @contextmanager
+    def _acts(self, step: Step) -> Iterator[None]:
+        """A further forward runs in which controls act as in this step."""
+        with self._apart(f"attnctl {step.pass_name}"), self.again(step):
+            yield
+
+    @contextmanager
+    def again(self, step: Step) -> Iterator[None]:
+        """A part of a forward runs, in which controls act as in this step."""
+        before, self.acting = self.acting, step
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            self.acting = before
 
-    def resume(self, site: str | None, stack: ExitStack) -> float:
-        """Let the stages before a module hand on what was kept; returns the part of the stages that will run."""
-        start = self.stage_of(site) if site is not None else 0
-        if not all(i in self.kept for i in self._needed(start)):
-            start = 0
-        for i in range(start):
-            give = self.kept.get(i, self.kept[start - 1])
-            module = self.stages[i][1]
-            patch = Patch(module, "_compiled_call_impl", partial(_hand_on, give), module._call_impl)
-            stack.callback(patch.undo)
-        return 1 - start / len(self.stages)
-
-
-def stages(step: Step) -> list[tuple[str, nn.Module]]:
-    """The trunk of the denoiser in execution order: its blocks, of a UNet its levels."""
-    found: list[tuple[str, nn.Module]] = []
-    for name in step.run.family.stages:
-        module = getattr(step.wiring.model, name, None)
-        if isinstance(module, nn.ModuleList):
-            found += [(f"{name}.{i}", one) for i, one in enumerate(module)]
-        elif module is not None:
-            found.append((name, module))
-    return found
-
-
-def _copy(tree: Any, rows: Rows | None = None) -> Any:
-    """A copy of tensors in tuples and lists, of the conditional rows alone if `rows` is given.
-
-    What is one tensor in two places stays one: UNets hand on the same tensor twice, and may add to it in place.
-    """
-    done: dict[int, Tensor] = {}
-
-    def copy(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            if id(value) not in done:
-                done[id(value)] = (value if rows is None else value[rows.cond]).clone()
-            return done[id(value)]
-        return type(value)(map(copy, value)) if type(value) in (tuple, list) else value
-
-    return copy(tree)
-
-
-def _hand_on(give: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
-    return _copy(give)
-
-
-def forward(step: Step, name: str, start: str | None = None, blocks: Mapping[str, Edit] | None = None) -> Tensor:
-    """See `Step.forward`."""
-    wiring, rows = step.wiring, step.rows
-    if rows.cond is None:
-        raise ControlError("step.forward needs conditional rows, and this denoiser call has none")
-    count = rows.cond.stop - rows.cond.start
-    own = replace(step, rows=Rows(slice(0, count), None, count), pass_name=name, term=None)
-    arguments = rows_kept(step, rows.cond)
-    if step.sample.edited is not None:
-        sample = step.run.family.sample
-        arguments[sample] = calls.written(wiring.pipe, step.sample, arguments[sample], step.timestep)
-    with torch.no_grad(), ExitStack() as stack:
-        denoiser = wiring.denoiser
-        if blocks:  # a compiled graph has no block that could be reached
-            stack.enter_context(uncompiled(wiring.model))
-            denoiser = wiring.model._call_impl
-        share = step.prefix.resume(start, stack) if step.prefix is not None else 1.0
-        for block, edit in (blocks or {}).items():
-            _check_hooks(wiring.model.get_submodule(block), block)
-            stack.callback(_edited(wiring.model.get_submodule(block), edit, step.run.family.hands_on).undo)
-        stack.enter_context(wiring.flow.acts(own))
-        args, kwargs = calls.spread(arguments, step.positional)
-        output = denoiser(*args, **kwargs)
-    step.run.passes[name] = step.run.passes.get(name, 0.0) + share
-    return calls.prediction(output)[0]
+    @contextmanager
+    def _apart(self, name: str = "attnctl") -> Iterator[None]:
+        """A forward of our own runs; step caches of the model keep its states apart under a name of its own."""
+        model = self.target.model
+        context: Any = getattr(type(model), "cache_context", None)
+        try:
+            with context(model, name) if context else nullcontext():
+                yield
+        finally:
+            if self.branch is not None:  # leaving any cache_context clears the one around it: enter that again
+                branch, kwargs, stack = self.branch
+                stack.enter_context(context(model, branch, **kwargs))
 
 
 def _check_hooks(block: nn.Module, name: str) -> None:
@@ -146,17 +233,19 @@ def _check_hooks(block: nn.Module, name: str) -> None:
         raise ControlError(f"{name} is under a step cache or group offloading, so it cannot be edited; switch that off")
 
 
-def _edited(block: nn.Module, edit: Edit, hands_on: tuple[str, ...]) -> Patch:
+def _edited(block: nn.Module, edit: Edit, hands_on: tuple[str, ...], text_rows: int) -> Patch:
     """A block that gets edited tokens, or hands on what it got."""
     signature = inspect.signature(type(block).forward)
 
     def around(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(block, *args, **kwargs)
-        hidden = edit(bound.arguments["hidden_states"])
+        given = tuple(bound.arguments[name] for name in hands_on if name in bound.arguments)
+        tokens = bound.arguments["hidden_states"]
+        joined = text_rows if len(given) < len(hands_on) else 0  # Chroma's single blocks get text and picture as one
+        hidden = edit(tokens[:, joined:])
         if hidden is None:
-            given = tuple(bound.arguments[name] for name in hands_on)
             return given if len(given) > 1 else given[0]
-        bound.arguments["hidden_states"] = hidden
+        bound.arguments["hidden_states"] = torch.cat([tokens[:, :joined], hidden], 1) if joined else hidden
         return original(*bound.args[1:], **bound.kwargs)
 
     return Patch(block, "_compiled_call_impl", around, vars(block).get("_compiled_call_impl") or block._call_impl)

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from attnctl.engine.control import AttentionCall, Control, Rows
-from attnctl.engine.families import Family
+from attnctl.engine.families.record import Family
+from attnctl.engine.latents import Sample
 from attnctl.engine.sites import Site
-from attnctl.errors import ControlError, PhraseError, name_of, of_image, short
-
-if TYPE_CHECKING:
-    from attnctl.engine.installation import Wiring
-    from attnctl.engine.passes import Edit, Prefix
+from attnctl.errors import ControlError, PhraseError, name_of, short
 
 Texts = dict[str, list[str]]  # encode_prompt argument -> one text per image
+
+
+class Begins(Protocol):
+    """What a run asks of a control."""
+
+    def begin(self, run: Run) -> Any: ...
+
+    def end(self, run: Run) -> None: ...
 
 
 @dataclass(eq=False)
@@ -44,12 +47,13 @@ class Run:
     steps: int
     texts: Texts
     max_sequence_length: int | None = None
+    text_rows: int | None = None  # length of the text sequence at the first denoiser call
     calls: int = 0
     start: int = 0  # position of the first step in the scheduler's timesteps
     schedule: int = 0  # how many timesteps the scheduler has
     passes: dict[str, float] = field(default_factory=dict)
-    streams: dict[Any, Any] = field(default_factory=dict)  # what `prompts.streams` has made, by text
-    _states: dict[int, tuple[Control, Any]] = field(default_factory=dict)
+    streams: dict[Any, Any] = field(default_factory=dict)  # what `words.phrases.streams` has made, by text
+    _states: dict[int, tuple[Begins, Any]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         texts = dict.fromkeys(self.texts.get("prompt", ()))
@@ -76,86 +80,76 @@ class Run:
         factor = int(getattr(self.pipe, "vae_scale_factor", 8))
         return self.latent_size[0] * factor, self.latent_size[1] * factor
 
+    @property
+    def fractions(self) -> list[float]:
+        """Where its steps lie in the whole schedule, from 0 (noise) towards 1; empty if the scheduler does not say."""
+        return [min((self.start + i) / self.schedule, 1.0) for i in range(self.steps)] if self.schedule else []
+
     def describe(self, image: int) -> str:
         """ "image 1 ('a dog')" for messages; "" if there is only one picture, or nobody said what it is of."""
         if self.images == 1 or "prompt" not in self.texts:
             return ""
         return name_of(image, self.prompts[image])
 
-    def tokens(self, phrase: str, image: int) -> list[int]:
-        """Text rows of a site that hold a phrase of one image's prompt, over all tokenizers of the pipeline.
-
-        Args:
-            phrase: words of the prompt; "cat#2" is the second "cat".
-            image: index of the picture.
-
-        Returns:
-            Positions relative to `AttentionCall.text`, ascending.
-
-        Raises:
-            PhraseError: the phrase is in none of the prompts the tokenizers read, or was cut off; names what there is.
-        """
-        from attnctl.words.phrases import positions, streams
-
-        try:
-            return positions(streams(self, image), phrase)
-        except PhraseError as error:
-            raise of_image(error, image, self.prompts) from None
-
-    def state(self, control: Control) -> Any:
+    def state(self, control: Begins) -> Any:
         """What the control's `begin` returned for this run."""
         try:
             return self._states[id(control)][1]
         except KeyError:
             raise ControlError(f"{type(control).__name__} has not begun in this run; is it attached?") from None
 
-    def states(self, controls: Iterable[Control]) -> list[tuple[Control, Any]]:
+    def states(self, controls: Iterable[Begins]) -> list[tuple[Begins, Any]]:
         """The controls that have begun in this run, with their states."""
         return [(control, self.state(control)) for control in controls if id(control) in self._states]
 
-    def begin(self, control: Control) -> None:
+    def begin(self, control: Begins) -> None:
         """Let a control begin, once."""
         if id(control) not in self._states:
             self._states[id(control)] = control, control.begin(self)
 
     def end(self) -> None:
-        """Let every control that began end."""
+        """Let every control that began end, also if one of them raises; the first error is raised at the end."""
+        trouble: BaseException | None = None
         for control, _ in self._states.values():
-            control.end(self)
+            try:
+                control.end(self)
+            except BaseException as error:
+                trouble = trouble or error
+        if trouble is not None:
+            raise trouble
 
 
-@dataclass(eq=False)
-class Sample:
-    """The latents of one denoising step: as the denoiser is given them, and as a control has edited them."""
+@dataclass(frozen=True)
+class Rows:
+    """Which batch rows of one denoiser call are what. Contiguous; None where this call has no such rows."""
 
-    raw: Tensor  # (rows.total, ...) scaled, with any extra channels
-    rows: slice  # the conditional rows of `raw`
-    channels: int  # how many channels are latents
-    dim: int  # which dimension of `raw` they are in
-    scale: float
-    tokens: int | None = None  # how many rows of dimension 1 are drawn; behind them a reference picture (Kontext)
-    edited: Tensor | None = None
-    _base: Tensor | None = None
+    cond: slice | None
+    uncond: slice | None
+    total: int
 
-    def replaced(self, raw: Tensor, scaled: Tensor) -> Tensor:
-        """`raw` with its latent channels replaced by these (already scaled) latents, repeated over its row blocks."""
-        scaled = scaled.to(raw.dtype)
-        scaled = torch.cat([scaled] * (raw.shape[0] // scaled.shape[0]))
-        if self.tokens is not None:
-            scaled = torch.cat([scaled, raw[:, self.tokens :]], 1)
-        rest = raw.shape[self.dim] - self.channels
-        return torch.cat([scaled, raw.narrow(self.dim, self.channels, rest)], self.dim) if rest else scaled
 
-    @property
-    def base(self) -> Tensor:
-        """The conditional latents as they came, unscaled; never an inference tensor, so gradients may start here."""
-        if self._base is None:
-            latents = self.raw[self.rows].narrow(self.dim, 0, self.channels)
-            latents = latents if self.tokens is None else latents[:, : self.tokens]
-            with torch.inference_mode(False):
-                latents = latents.clone() if latents.is_inference() else latents
-                self._base = latents if self.scale == 1.0 else latents / self.scale
-        return self._base
+Watcher = Callable[[Any], None]  # takes an `AttentionCall`
+Edit = Callable[[Tensor], Tensor | None]  # of the picture's tokens that enter a block; None: the block is skipped
+
+
+class Passes(Protocol):
+    """Every forward of the denoiser of our own; see `attnctl.engine.passes`."""
+
+    def probe(
+        self,
+        step: Step,
+        latents: Tensor,
+        watch: Mapping[Site, Watcher],
+        images: Sequence[int] | None,
+        checkpoint: bool,
+        bfloat16: bool,
+    ) -> None: ...
+
+    def share(self, step: Step, site: str) -> None: ...
+
+    def forward(self, step: Step, name: str, start: str | None, blocks: Mapping[str, Edit] | None) -> Tensor: ...
+
+    def plain(self, step: Step, name: str, arguments: dict[str, Any]) -> Tensor: ...
 
 
 @dataclass(eq=False)
@@ -168,6 +162,8 @@ class Step:
         timestep: as the denoiser is given it.
         rows: which batch rows are what.
         extra: a further pass over conditional rows within the same step (skip-layer guidance); it counts for nothing.
+        corrector: the second call of a solver step of Heun or KDPM2. The solver steps from the latents of the first, so
+            edits made here reach the prediction alone.
         text_rows: length of the text sequence, if this call has one.
         scale: factor the scheduler puts on latents before the denoiser sees them (Euler: (sigma^2 + 1) ** -0.5).
         sigma: noise level, where the scheduler has one.
@@ -185,16 +181,18 @@ class Step:
     sigma: float | None
     fraction: float
     sample: Sample
-    wiring: Wiring
+    passes: Passes
     arguments: dict[str, Any]  # of this denoiser call by name, before edits
     extra: bool = False
+    corrector: bool = False
     text_rows: int | None = None
     images: tuple[int, ...] = ()
     pass_name: str = "main"
+    changed: bool = False  # whether controls gave other arguments than the pipeline
     positional: int = 0  # so many of the arguments were given without their names
     prediction: Tensor | None = None
     term: Tensor | None = None  # of guidance, see `guide`
-    prefix: Prefix | None = None  # what a further pass may share with the pipeline's own
+    prefix: Any = None  # what a further pass may share with the pipeline's own
 
     @property
     def latents(self) -> Tensor:
@@ -214,7 +212,7 @@ class Step:
     def probe(
         self,
         latents: Tensor,
-        watch: Mapping[Site, Callable[[AttentionCall], None]],
+        watch: Mapping[Site, Watcher],
         images: Sequence[int] | None = None,
         checkpoint: bool = False,
         bfloat16: bool = False,
@@ -239,9 +237,14 @@ class Step:
             ControlError: a site is not under control, or this forward never reached it; or the model has no gradient
                 checkpointing.
         """
-        from attnctl.engine.probe import probe
+        self.passes.probe(self, latents, watch, images, checkpoint, bfloat16)
 
-        probe(self, latents, watch, images, checkpoint, bfloat16)
+    def change(self, inputs: Mapping[str, Any]) -> None:
+        """Use these arguments in this denoiser call and in all further passes of the step."""
+        if inputs:
+            self.arguments = self.arguments | dict(inputs)
+            text = self.arguments.get("encoder_hidden_states")
+            self.text_rows, self.changed = text.shape[1] if isinstance(text, Tensor) else None, True
 
     def share(self, site: str) -> None:
         """Announce, in `before_denoise`, a `forward` that is the same as the pipeline's own before this module.
@@ -249,11 +252,7 @@ class Step:
         What the stages before it give is then kept, and that pass costs only the rest. Where it cannot be kept
         (compiled models, step caches, group offload), the pass runs as a whole.
         """
-        if self.prefix is None:
-            from attnctl.engine.passes import Prefix
-
-            self.prefix = Prefix(self)
-        self.prefix.ask(site)
+        self.passes.share(self, site)
 
     def forward(self, name: str, start: str | None = None, blocks: Mapping[str, Edit] | None = None) -> Tensor:
         """Run the denoiser once more on the conditional rows, with the edited latents. For `after_denoise`.
@@ -272,9 +271,7 @@ class Step:
         Raises:
             ControlError: this denoiser call has no conditional rows.
         """
-        from attnctl.engine.passes import forward
-
-        return forward(self, name, start, blocks)
+        return self.passes.forward(self, name, start, blocks)
 
     def guide(self, term: Tensor) -> None:
         """Add a term to the guided prediction of this step. For `after_denoise`.

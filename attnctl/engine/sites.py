@@ -1,4 +1,4 @@
-"""Site: frozen facts about one attention of a denoiser. `discover` lists them, `select` picks some of them."""
+"""Site: frozen facts about one attention of a denoiser. `select` picks some of them."""
 
 from __future__ import annotations
 
@@ -75,23 +75,11 @@ class Site:
         )
 
 
-def discover(pipe_or_denoiser: Any) -> tuple[Site, ...]:
-    """Every attention site of a pipeline's denoiser (or of a denoiser), in execution order. Runs nothing.
-
-    Raises:
-        UnsupportedPipelineError: no family record describes the denoiser.
-    """
-    from attnctl.engine.families import family_of
-
-    family, denoiser = family_of(pipe_or_denoiser)
-    return family.sites(denoiser)
-
-
 def select(sites: Sequence[Site], selection: Selection) -> tuple[Site, ...]:
     """Pick sites, in execution order.
 
     Args:
-        sites: what there is, e.g. `discover(pipe)`.
+        sites: what there is, e.g. `attnctl.sites(pipe)`.
         selection: one of
             None             all sites that see the image;
             "cross"          a kind: self, cross, joint, text;
@@ -110,6 +98,22 @@ def select(sites: Sequence[Site], selection: Selection) -> tuple[Site, ...]:
     found = tuple(site for site in sites if _matches(site, selection))
     if not found:
         raise NoSiteError(f"no attention site matches {_spell(selection)}; {_inventory(sites)}")
+    return found
+
+
+def with_text(available: tuple[Site, ...], where: Selection) -> tuple[Site, ...]:
+    """The selected sites where image queries meet text keys.
+
+    Raises:
+        NoSiteError: none of the selected sites does, or none was selected.
+    """
+    chosen = select(available, where)
+    found = tuple(site for site in chosen if site.kind in ("cross", "joint"))
+    if not found:
+        kinds = ", ".join(sorted({site.kind for site in chosen}))
+        raise NoSiteError(
+            f"maps need cross or joint sites, where the picture attends to words; selected are only {kinds}"
+        )
     return found
 
 

@@ -1,4 +1,4 @@
-"""Turn: one pipeline draws in one thread at a time. Its scheduler and its denoiser's state could not be shared."""
+"""ThreadGuard: one pipeline draws in one thread at a time, since its scheduler and denoiser have one state."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable
 from attnctl.errors import BusyError
 
 
-class Turn:
-    """Whose turn it is to draw with one pipeline.
+class ThreadGuard:
+    """Which thread draws with one pipeline.
 
     A call that was given up half-way, by an exception or a cancelled generator, ends without telling us. So another
     thread may take over, unless it can be seen that the first is at work; and if that one goes on after all, it is told
@@ -51,10 +51,10 @@ class Turn:
             # goes on cannot be seen; it is told, for its scheduler has been the other's meanwhile.
             if self.calling() or not called:
                 self._busy()
-        if self.owner is None:
-            self.owner = me
-        elif self.owner != me:
+        alive = any(thread.ident == self.owner for thread in threading.enumerate())
+        if self.owner not in (None, me) and alive:
             self._busy()
+        self.owner = me
 
     def done(self) -> None:
         """The pipeline call in this thread came to its end."""

@@ -16,8 +16,8 @@ from torch import Tensor
 from attnctl.engine.attachment import attach
 from attnctl.engine.calls import named
 from attnctl.engine.control import AttentionCall, Control, Proceed
-from attnctl.engine.families import family_of
-from attnctl.engine.sites import Site, discover, select
+from attnctl.engine.families.registry import discover, family_of
+from attnctl.engine.sites import Site, select
 from attnctl.errors import FamilyError
 
 
@@ -90,7 +90,7 @@ def verify(pipe: Any, prompt: str = "a cat", other: str = "two red dogs", **call
 
     def move_cell(arguments: dict[str, Any]) -> dict[str, Any]:
         sample, size = arguments[family.sample].clone(), site.factor or 1
-        if family.channels == 2:  # packed: one token is one cell
+        if family.channel_dim == 2:  # packed: one token is one cell
             sample[:, row * width + column] += 3.0
         else:
             sample[..., row * size : (row + 1) * size, column * size : (column + 1) * size] += 3.0

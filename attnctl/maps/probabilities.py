@@ -163,7 +163,7 @@ class Listener(TorchDispatchMode):
         return out
 
 
-def heard(call: AttentionCall, proceed: Proceed) -> tuple[Tensor, Tensor | None]:
+def with_lse(call: AttentionCall, proceed: Proceed) -> tuple[Tensor, Tensor | None]:
     """(`proceed(call)`, the log-sum-exp of its rows where that is worth having and the kernel tells it)."""
     if call.k.shape[2] <= FEW:
         return proceed(call), None

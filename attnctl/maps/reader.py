@@ -1,93 +1,27 @@
-"""Maps: which places of the picture look at which word. `TokenMaps` records them, `Maps` answers to words."""
+"""Maps: which places of the picture look at which word, by phrase."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnctl.engine.control import AttentionCall, Control, Lane, Proceed
-from attnctl.engine.sites import Selection, Site, select
+from attnctl.engine.control import AttentionCall
 from attnctl.errors import ControlError, NoSiteError, PhraseError, of_image, short
-from attnctl.maps.probabilities import call_maps, heard, token_maps
-from attnctl.words.phrases import TextStream, positions, streams, text_rows, words
+from attnctl.maps.probabilities import call_maps
+from attnctl.words.phrases import TextStream, positions, text_rows
+from attnctl.words.spelling import words
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from attnctl.engine.run import Run
-
-__all__ = ["Maps", "TokenMaps", "call_maps", "join_grids", "token_maps"]
-
 Grid = tuple[int, int]
 Kept = Literal["step", "layer", "head"]
 KEEP: tuple[Kept, ...] = ("step", "layer", "head")
-
-
-@dataclass(frozen=True, init=False)
-class TokenMaps(Control):
-    """Records how much each place of the picture attends to each word. The picture stays what it was, bit for bit.
-
-    Probabilities are those of the softmax over all keys, averaged over heads, sites and steps, conditional rows only.
-    What is recorded is the attention as this control sees it, so put it last to see what the other controls do.
-    Costs little: at joint sites the model's own kernel already computes what each row's softmax is divided by.
-
-    Args:
-        phrases: which phrases to record; without any, every word of each prompt. Fewer are cheaper.
-        where: which sites, see `attnctl.select`; those without text keys are passed over.
-        keep: what to keep apart instead of averaging: any of "step", "layer", "head"; a head is kept for its layer.
-        window: part of the schedule to record, from 0 (noise) to 1 (picture): a step at f counts if start <= f < end.
-
-    Raises:
-        ControlError: a setting is out of its range.
-        NoSiteError: no selected site has text keys.
-        PhraseError: at the pipeline call, if a phrase is in no prompt.
-    """
-
-    phrases: tuple[str, ...] = ()
-    where: Selection = None
-    keep: tuple[Kept, ...] = ()
-    window: tuple[float, float] = (0.0, 1.0)
-
-    lane: ClassVar[Lane] = Lane.MAPS
-
-    def __init__(
-        self,
-        *phrases: str,
-        where: Selection = None,
-        keep: tuple[Kept, ...] | Kept = (),
-        window: tuple[float, float] = (0.0, 1.0),
-    ) -> None:
-        if wrong := [one for one in phrases if not isinstance(one, str)]:
-            raise ControlError(
-                f"TokenMaps takes phrases one after the other, as TokenMaps('cat', 'dog'); not {wrong[0]!r}"
-            )
-        kept = (keep,) if isinstance(keep, str) else tuple(keep)
-        for name, value in (("phrases", phrases), ("where", where), ("keep", kept), ("window", tuple(window))):
-            object.__setattr__(self, name, value)
-        if unknown := [one for one in self.keep if one not in KEEP]:
-            raise ControlError(f"TokenMaps cannot keep {unknown[0]!r}; it keeps any of {', '.join(KEEP)}")
-        check_window(self.window)
-
-    def sites(self, available: tuple[Site, ...]) -> tuple[Site, ...]:
-        return with_text(available, self.where)
-
-    def begin(self, run: Run) -> Maps:
-        texts = [streams(run, image) for image in range(run.images)]
-        return Maps(texts, self.phrases or None, self.keep)
-
-    def attend(self, call: AttentionCall, proceed: Proceed) -> Tensor:
-        rows = call.step.rows.cond
-        if rows is None or not self.window[0] <= call.step.fraction < self.window[1]:
-            return proceed(call)
-        out, lse = heard(call, proceed)
-        with torch.no_grad():
-            call.step.run.state(self).add(call, rows, lse)
-        return out
 
 
 @dataclass
@@ -114,13 +48,11 @@ class Maps:
         self._rows: list[list[int]] = found
         for phrase in phrases or ():
             self._find(phrase)
-        if not any(found):
-            raise PhraseError("there is nothing to record: the prompts have no words")
         most = max(map(len, found))
         filled = [rows + [0] * (most - len(rows)) for rows in found]
         alike = all(rows == filled[0] for rows in filled)
         self._tokens = torch.tensor(filled[0] if alike else filled)  # (tokens,) or (images, tokens)
-        self._last = max(rows[-1] for rows in found if rows)
+        self._last = max((rows[-1] for rows in found if rows), default=-1)  # -1: no prompt has a word
         self._sums: dict[tuple[int | None, int | None, Grid], _Sum] = {}
         self._names: dict[str, int] = {}
 
@@ -140,6 +72,8 @@ class Maps:
             rows: its conditional rows, one per image.
             lse: (batch, heads, queries), see `token_maps`.
         """
+        if self._last < 0:
+            return
         check_rows(call, self._last)
         if self._tokens.device != call.q.device:
             self._tokens = self._tokens.to(call.q.device)
@@ -299,32 +233,6 @@ def join_grids(maps: dict[Grid, Tensor]) -> Tensor:
             one = F.interpolate(four, finest, mode="bilinear", align_corners=False).view(*one.shape[:-2], *finest)
         fitted.append(one)
     return torch.stack(fitted).sum(0)
-
-
-def with_text(available: tuple[Site, ...], where: Selection) -> tuple[Site, ...]:
-    """The selected sites where image queries meet text keys.
-
-    Raises:
-        NoSiteError: none of the selected sites does, or none was selected.
-    """
-    chosen = select(available, where)
-    found = tuple(site for site in chosen if site.kind in ("cross", "joint"))
-    if not found:
-        kinds = ", ".join(sorted({site.kind for site in chosen}))
-        raise NoSiteError(
-            f"maps need cross or joint sites, where the picture attends to words; selected are only {kinds}"
-        )
-    return found
-
-
-def check_window(window: tuple[float, float]) -> None:
-    """Raise unless this is a part of the schedule."""
-    try:
-        fits = len(window) == 2 and 0 <= window[0] < window[1] <= 1
-    except TypeError:
-        fits = False
-    if not fits:
-        raise ControlError(f"window is (start, end) with 0 <= start < end <= 1, parts of the schedule; not {window!r}")
 
 
 def check_rows(call: AttentionCall, last: int) -> None:

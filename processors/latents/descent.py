@@ -15,12 +15,13 @@ from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
 import torch
 
-from attnctl.engine.control import Control, Lane
+from attnctl.engine.control import Control, Lane, check_window, check_window_in_run
+from attnctl.engine.families.registry import discover
 from attnctl.engine.look_ahead import look_ahead
 from attnctl.engine.run import Run, Step
-from attnctl.engine.sites import Selection, Site, discover
+from attnctl.engine.sites import Selection, Site, with_text
 from attnctl.errors import ControlError, PhraseError, instead
-from attnctl.maps.reader import check_window, with_text
+from attnctl.processors.latents.loss_terms import Loss, View
 from attnctl.processors.latents.map_gradient import (
     Preparation,
     coarsest,
@@ -28,15 +29,14 @@ from attnctl.processors.latents.map_gradient import (
     default_sites,
     descend,
     gradients,
-    least_seen,
+    lowest_peak,
     phrase_maps,
+    phrase_tokens,
     read_maps,
     step_size,
-    wanted,
 )
-from attnctl.processors.loss_terms import Loss, View
-from attnctl.processors.trace import Evaluation, Foreseen, Trace, Update
-from attnctl.words.phrases import streams
+from attnctl.processors.latents.trace import DescentTrace, Evaluation, Foreseen, Update
+from attnctl.words.phrases import streams, tokens
 
 ROUNDS = 20  # of refinement at most, as Attend-and-Excite has it
 EARLY = 0.15  # part of its own steps that a run is guided in with window=None
@@ -71,15 +71,15 @@ class MapDescent(Control):
         relative: length of an update as a share of the length of the latents; this too means the same in every model
             and sampler. None: Attend-and-Excite's step size, see `step_size`, which was made for SD 1.
         updates: how many updates at each step; each is an extra forward, as far as the last site, and its backward.
-        enough, seen: targets (ours). An image that has met those there are is left out of what updates the step has
-            left; with neither, every image gets all updates. Enough is met when the loss, less the least it can be, is
-            no more than it; seen, a probability, when every phrase has a place that looks at it with that much, in maps
-            that are the mean over heads and sites; of several words the mean.
+        loss_target, peak_target: targets (ours). An image that has met those there are is left out of what updates the
+            step has left; with neither, every image gets all updates. `loss_target` is met when the loss, less the
+            least it can be, is no more; `peak_target`, a probability, when every phrase has a place that looks at it
+            with that much, in maps that are the mean over heads and sites; of several words the mean.
         look_ahead, reach: look where plain drawing leads before the first update (ours). Each image is drawn ahead in
-            `look_ahead` large steps, over `reach` of what is left of the schedule. One that has met `seen` there is
-            left alone for good; of any other, `seen` is not asked again. Costs look_ahead + 1 forwards, and what is
-            sound is not touched. 0: no look ahead. What sound pictures show differs from model to model: draw some with
-            seen=1.0, and read `look_ahead` in the report.
+            `look_ahead` large steps, over `reach` of what is left of the schedule. One that has met `peak_target` there
+            is left alone for good; of any other, `peak_target` is not asked again. Costs look_ahead + 1 forwards, and
+            what is complete is not touched. 0: no look ahead. The peaks of complete pictures differ from model to
+            model: draw some with peak_target=1.0, and read `look_ahead` in the report.
         refine: Attend-and-Excite's refinement: pairs (position in the schedule, loss less the least it can be). At that
             position an image above that loss is updated until it is not, at most 20 times, before the ordinary update.
             As in their code, the update in which the target is found met is still made. Their thresholds for 50 steps
@@ -104,8 +104,8 @@ class MapDescent(Control):
     maps: Preparation = "share"
     relative: float | None = 0.02
     updates: int = 1
-    enough: float | None = None
-    seen: float | None = None
+    loss_target: float | None = None
+    peak_target: float | None = None
     look_ahead: int = 0
     reach: float = 1 / 3
     refine: tuple[tuple[int, float], ...] = ()
@@ -117,7 +117,7 @@ class MapDescent(Control):
     where: Selection = None
 
     lane: ClassVar[Lane] = Lane.GRADIENT
-    sound: ClassVar[float | None] = None  # what a look ahead is to find where `seen` is not said
+    usual_peak: ClassVar[float | None] = None  # what a look ahead is to find where `peak_target` is not said
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # name -> settings, of a class that has the field `preset`
 
     def __init__(self, *phrases: Any, **settings: Any) -> None:
@@ -153,8 +153,10 @@ class MapDescent(Control):
         for name in ("keep_norm", "checkpoint", "bfloat16"):
             if type(getattr(self, name)) is not bool:
                 raise ControlError(f"{name} is True or False, not {getattr(self, name)!r}")
-        if self.enough is not None and not (isinstance(self.enough, (int, float)) and -inf < self.enough < inf):
-            raise ControlError(f"enough is a loss, a finite number, or None; not {self.enough!r}")
+        if self.loss_target is not None and not (
+            isinstance(self.loss_target, (int, float)) and -inf < self.loss_target < inf
+        ):
+            raise ControlError(f"loss_target is a finite number, or None; not {self.loss_target!r}")
         if self.images is not None:
             images = (self.images,) if isinstance(self.images, int) else tuple(self.images)
             if not images or any(type(image) is not int or image < 0 for image in images):
@@ -165,15 +167,15 @@ class MapDescent(Control):
         if self.updates < 1:
             who = type(self).__name__
             raise ControlError(f"updates must be at least 1, not {self.updates}; strength=0 switches {who} off")
-        if self.seen is not None and not 0 < self.seen <= 1:
-            raise ControlError(f"seen is a probability, above 0 and up to 1, or None; not {self.seen}")
+        if self.peak_target is not None and not 0 < self.peak_target <= 1:
+            raise ControlError(f"peak_target is a probability, above 0 and up to 1, or None; not {self.peak_target}")
         if self.look_ahead < 0 or not 0 < self.reach <= 1:
             raise ControlError(
                 "look_ahead is a number of steps, and reach a part of the schedule, above 0 and up to 1; "
                 f"not {self.look_ahead}, {self.reach}"
             )
-        if self.look_ahead and self.seen is None and self.sound is None:
-            raise ControlError("look_ahead needs to know what to look for, such as seen=0.2")
+        if self.look_ahead and self.peak_target is None and self.usual_peak is None:
+            raise ControlError("look_ahead needs to know what to look for, such as peak_target=0.2")
         if self.maps not in get_args(Preparation):
             raise ControlError(f"maps are prepared as one of {', '.join(get_args(Preparation))}; not {self.maps!r}")
         if self.window is not None:
@@ -187,13 +189,15 @@ class MapDescent(Control):
         self._set(refine=tuple(sorted(pairs)))
 
     def losses(self) -> list[Loss]:
-        """The losses of one run, new ones at each call: they remember what they have seen."""
+        """The losses of one run, new ones at each call: they remember what they have read."""
         raise NotImplementedError
 
     def sites(self, available: tuple[Site, ...]) -> tuple[Site, ...]:
         return with_text(available, default_sites(available) if self.where is None else self.where)
 
-    def begin(self, run: Run) -> Trace:
+    def begin(self, run: Run) -> DescentTrace:
+        if self.strength and self.window is not None:
+            check_window_in_run(self.window, run)
         sites = self.sites(discover(run.pipe))
         if self.where is None:
             sites = coarsest(sites, run.latent_size)
@@ -203,11 +207,11 @@ class MapDescent(Control):
         columns = columns_of(self.maps)
         if columns == "phrases" and any(loss.whole_prompt for loss in losses):
             columns = "prompt"
-        found = wanted(texts, names, columns)
-        useful, insisted = torch.zeros(2, run.images, dtype=torch.bool)
+        found = phrase_tokens(texts, names, columns)
+        useful, always = torch.zeros(2, run.images, dtype=torch.bool)
         for loss in losses:
             useful |= loss.begin(run, names, texts, found)
-            insisted |= loss.insists
+            always |= loss.always
         own = range(run.images) if self.images is None else self.images
         if max(own) >= run.images:
             raise ControlError(f"there is no image {max(own)} to act on: {run.images} are drawn")
@@ -215,11 +219,11 @@ class MapDescent(Control):
             if not useful[image]:
                 for name, there in zip(names, found.present[image].tolist(), strict=True):
                     if not there:
-                        run.tokens(name, image)  # raises, and says what the prompt has instead
+                        tokens(run, name, image)  # raises, and says what the prompt has instead
                 who, prompt = type(self).__name__, run.describe(image) or repr(run.prompts[image])
                 raise PhraseError(f"{who} finds nothing to act on in {prompt} with {', '.join(map(repr, names))}")
         scale, skipped = 2.0**12 * torch.ones(run.images), torch.zeros(run.images, dtype=torch.long)
-        return Trace(sites, found, losses, tuple(own), insisted, scale, skipped)
+        return DescentTrace(sites, found, losses, tuple(own), always, scale, skipped)
 
     def acts(self, step: Step) -> bool:
         """Whether a step lies in the window."""
@@ -229,14 +233,14 @@ class MapDescent(Control):
         return step.fraction - start < EARLY * (1.0 - start)
 
     def before_denoise(self, step: Step) -> None:
-        if self.strength and self.acts(step):
+        if self.strength and self.acts(step) and not step.corrector:  # there an update would be lost
             Descent(self, step, step.run.state(self)).go()
 
 
 class Descent:
     """The updates of one step. `excess` is the loss less the least it can be, `gradient` its gradient at `z`."""
 
-    def __init__(self, control: MapDescent, step: Step, trace: Trace) -> None:
+    def __init__(self, control: MapDescent, step: Step, trace: DescentTrace) -> None:
         self.control, self.step, self.trace = control, step, trace
         start = step.latents
         trace.to(start.device)
@@ -249,33 +253,33 @@ class Descent:
 
     def go(self) -> None:
         """All updates of the step; the latents are assigned if there were any."""
-        control, every = self.control, self.wanting()
+        control, every = self.control, self.to_guide()
         if not every:
             return
         self.evaluate(every)
         target = dict(control.refine).get(self.step.run.start + self.step.index)
         if target is not None:
             self.refine(target, every)
-        images = self.asking(every)
+        images = self.unmet(every)
         for update in range(control.updates):
             if update:
                 self.evaluate(images)
-                images = self.asking(images)
+                images = self.unmet(images)
             if not images:
                 break
             self.move(images)
         self.step.latents = self.z
 
-    def wanting(self) -> list[int]:
-        """The images that the control is to act on: its own, but for those that a look ahead finds sound.
+    def to_guide(self) -> list[int]:
+        """The images that the control is to act on: its own, but for those that a look ahead finds complete.
 
         Images with a region of the user are always updated: a look ahead sees phrases, not places.
         """
         control, trace = self.control, self.trace
-        asked = [image for image in trace.images if control.look_ahead and not trace.insisted[image]]
+        asked = [image for image in trace.images if control.look_ahead and not trace.always[image]]
         if not asked:
             return list(trace.images)
-        target = control.seen if control.seen is not None else control.sound
+        target = control.peak_target if control.peak_target is not None else control.usual_peak
         assert target is not None
         if trace.foreseen is None:
             trace.foreseen = self.foresee(asked, target)
@@ -288,17 +292,17 @@ class Descent:
         image is guided.
         """
         control, trace = self.control, self.trace
-        own, seen = trace.wanted.pick(images), torch.full_like(self.peak, torch.nan)
+        own, peaks = trace.phrase_tokens.pick(images), torch.full_like(self.peak, torch.nan)
         try:
             ahead = look_ahead(self.step, control.look_ahead, control.reach, images)
         except ControlError:
-            if control.seen is not None:
+            if control.peak_target is not None:
                 raise
-            return Foreseen(self.step.index, seen, 0, ())
+            return Foreseen(self.step.index, peaks, 0, ())
         maps = read_maps(ahead, ahead.latents, trace.sites, own.tokens, None, False, control.bfloat16)
-        seen[images] = least_seen(maps, own).to(seen.dtype)
-        sound = (seen >= target).tolist()
-        return Foreseen(self.step.index, seen, control.look_ahead + 1, tuple(image for image in images if sound[image]))
+        peaks[images] = lowest_peak(maps, own).to(peaks.dtype)
+        alone = tuple(image for image in images if peaks[image] >= target)
+        return Foreseen(self.step.index, peaks, control.look_ahead + 1, alone)
 
     def refine(self, target: float, images: list[int]) -> None:
         """Update the images above a loss until they are not. What was read last belongs to the latents as they are."""
@@ -311,17 +315,17 @@ class Descent:
             self.evaluate(running)
             running = again
 
-    def asking(self, images: list[int]) -> list[int]:
+    def unmet(self, images: list[int]) -> list[int]:
         """Those of the images that have not met every target there is."""
-        enough, seen = self.control.enough, None if self.control.look_ahead else self.control.seen
-        if enough is None and seen is None:
+        most, least = self.control.loss_target, None if self.control.look_ahead else self.control.peak_target
+        if most is None and least is None:
             return images
-        excess, peak, insisted = self.excess.tolist(), self.peak.tolist(), self.trace.insisted.tolist()
+        excess, peak, always = self.excess.tolist(), self.peak.tolist(), self.trace.always.tolist()
         return [
             image
             for image in images
-            if (enough is not None and excess[image] > enough)
-            or (seen is not None and (peak[image] < seen or insisted[image]))
+            if (most is not None and excess[image] > most)
+            or (least is not None and (peak[image] < least or always[image]))
         ]
 
     def above(self, target: float, images: list[int]) -> list[int]:
@@ -335,7 +339,7 @@ class Descent:
         every = len(images) == len(self.z)
         with torch.enable_grad():
             z = (self.z if every else self.z[images]).clone().requires_grad_()
-            own = trace.wanted if every else trace.wanted.pick(images)
+            own = trace.phrase_tokens if every else trace.phrase_tokens.pick(images)
             tokens = read_maps(
                 self.step, z, trace.sites, own.tokens, None if every else images, control.checkpoint, control.bfloat16
             )
@@ -343,7 +347,7 @@ class Descent:
             read = {loss.name: loss.read(view) for loss in trace.terms}
             total = torch.stack([term.total for term in read.values()]).sum(0)
             gradient, finite = gradients(total, z, trace.scale[images])
-        self.peak[images] = least_seen(tokens.detach(), own).to(self.peak.dtype)
+        self.peak[images] = lowest_peak(tokens.detach(), own).to(self.peak.dtype)
         floor = torch.stack([term.floor for term in read.values()]).sum(0)
         self.excess[images], self.gradient[images] = (total.detach() - floor).to(self.excess.dtype), gradient
         trace.skipped[images] += ~finite

@@ -18,8 +18,10 @@ from attnctl.engine.control import AttentionCall
 from attnctl.engine.run import Step
 from attnctl.engine.sites import Site
 from attnctl.errors import PhraseError, of_image
-from attnctl.maps.reader import call_maps, check_rows, join_grids
-from attnctl.words.phrases import NUMBERED, TextStream, positions, text_rows
+from attnctl.maps.probabilities import call_maps
+from attnctl.maps.reader import check_rows, join_grids
+from attnctl.words.phrases import TextStream, positions, text_rows
+from attnctl.words.spelling import NUMBERED
 
 Preparation = Literal["attend-and-excite", "attend-and-excite-padded", "share", "mean"]
 Columns = Literal["phrases", "prompt", "padded"]
@@ -28,7 +30,7 @@ ENOUGH = 192  # cells; 16 x 12 is the 4:3 brother of the papers' 16 x 16
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PhraseTokens:
     """Which tokens to read for which phrases, for each image.
 
     Attributes:
@@ -58,16 +60,16 @@ class Wanted:
         part = (shared == sizes[:, :, None]) & (sizes[:, :, None] < sizes[:, None])
         return members.any(-1) & ~part.any(-1)
 
-    def to(self, device: torch.device) -> Wanted:
-        return Wanted(*(x.to(device) for x in (self.tokens, self.real, self.members, self.words)))
+    def to(self, device: torch.device) -> PhraseTokens:
+        return PhraseTokens(*(x.to(device) for x in (self.tokens, self.real, self.members, self.words)))
 
-    def pick(self, images: Sequence[int]) -> Wanted:
+    def pick(self, images: Sequence[int]) -> PhraseTokens:
         """The same of some of the images."""
         numbers = list(images)
-        return Wanted(*(x[numbers] for x in (self.tokens, self.real, self.members, self.words)))
+        return PhraseTokens(*(x[numbers] for x in (self.tokens, self.real, self.members, self.words)))
 
 
-def wanted(texts: Sequence[tuple[TextStream, ...]], phrases: Sequence[str], columns: Columns) -> Wanted:
+def phrase_tokens(texts: Sequence[tuple[TextStream, ...]], phrases: Sequence[str], columns: Columns) -> PhraseTokens:
     """Find phrases in the prompt of each image.
 
     Args:
@@ -103,7 +105,7 @@ def wanted(texts: Sequence[tuple[TextStream, ...]], phrases: Sequence[str], colu
                 words[i, j, k, [rows[i].index(row) for row in word]] = 1.0
     tokens = torch.tensor([one + [0] * (most - len(one)) for one in rows])
     real = torch.arange(most) < torch.tensor([len(one) for one in rows])[:, None]
-    return Wanted(tokens, real, members, words)
+    return PhraseTokens(tokens, real, members, words)
 
 
 def _columns(text: tuple[TextStream, ...], found: list[list[int]], columns: Columns) -> list[int]:
@@ -192,13 +194,13 @@ def columns_of(preparation: Preparation) -> Columns:
     return {"attend-and-excite": "prompt", "attend-and-excite-padded": "padded"}.get(preparation, "phrases")  # type: ignore[return-value]
 
 
-def phrase_maps(maps: Tensor, wanted: Wanted, preparation: Preparation) -> Tensor:
+def phrase_maps(maps: Tensor, phrase_tokens: PhraseTokens, preparation: Preparation) -> Tensor:
     """Maps of phrases from probabilities of tokens. The tokens of a phrase are summed.
 
     Args:
         maps: (images, tokens, height, width) probabilities, mean over heads and sites.
-        wanted: which token is part of what.
-        preparation: of these, the tokens in `wanted` must be those of `columns_of`.
+        phrase_tokens: which token is part of what.
+        preparation: of these, the tokens in `phrase_tokens` must be those of `columns_of`.
             "attend-and-excite"  softmax of 100 p over the prompt's own tokens (no start, end and padding), then a
                                  blur: values in [0, 1], and words compete for each place;
             "attend-and-excite-padded"  the same over every column but the first and the last, end and padding
@@ -211,9 +213,9 @@ def phrase_maps(maps: Tensor, wanted: Wanted, preparation: Preparation) -> Tenso
     """
     competing = preparation.startswith("attend-and-excite")
     if competing:
-        real = wanted.real[:, :, None, None]
+        real = phrase_tokens.real[:, :, None, None]
         maps = (100 * maps).masked_fill(~real, float("-inf")).softmax(dim=1)
-    maps = torch.einsum("ithw,ipt->iphw", maps, wanted.members)
+    maps = torch.einsum("ithw,ipt->iphw", maps, phrase_tokens.members)
     if competing:
         return blur(maps)
     if preparation == "share":
@@ -221,7 +223,7 @@ def phrase_maps(maps: Tensor, wanted: Wanted, preparation: Preparation) -> Tenso
     return maps
 
 
-def least_seen(maps: Tensor, wanted: Wanted) -> Tensor:
+def lowest_peak(maps: Tensor, phrase_tokens: PhraseTokens) -> Tensor:
     """The highest probability with which a place looks at a phrase, mean over its words, of the phrase worst off.
 
     The tokens of a word are summed. A phrase that is part of a longer one does not count.
@@ -232,10 +234,10 @@ def least_seen(maps: Tensor, wanted: Wanted) -> Tensor:
     Returns:
         (images,).
     """
-    words = wanted.words
+    words = phrase_tokens.words
     peaks = torch.einsum("itc,ipwt->ipwc", maps.flatten(2), words).amax(-1)
     means = peaks.sum(-1) / words.any(-1).sum(-1).clamp_min(1)
-    return means.masked_fill(~wanted.whole(), torch.inf).amin(-1)
+    return means.masked_fill(~phrase_tokens.whole(), torch.inf).amin(-1)
 
 
 def blur(maps: Tensor) -> Tensor:

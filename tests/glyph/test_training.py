@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attnctl.app.loading import MODELS
 from attnctl.glyph import scenes
 from attnctl.glyph.scenes import Renderer, Scene, Thing
 from attnctl.glyph.tokenizer import build_tokenizer
@@ -21,6 +20,7 @@ from attnctl.glyph.train import autoencoder
 from attnctl.glyph.train.grounding import coverage, grounding_loss, map_test, owners
 from attnctl.glyph.train.loop import CheckpointError, Settings, train, warmth
 from attnctl.glyph.train.muon import Muon, orthogonal
+from attnctl.loading import MODELS
 
 
 class Line:

@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from attnctl.app.command import UsageError, check_writable, run
-from attnctl.app.loading import ModelError, load_autoencoder, quiet, usable_device
 from attnctl.app.recipe import modules_hash
 from attnctl.glyph.scenes import font_path
 from attnctl.glyph.train.loop import Settings, read_checkpoint, train
+from attnctl.loading import ModelError, load_autoencoder, quiet, usable_device
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 

@@ -13,12 +13,12 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from attnctl.app.loading import load_autoencoder
 from attnctl.glyph.judge import GRID, LOOKED_AT, SIDE, Judge, Network, Reading, load, pixels, shrunk
 from attnctl.glyph.scenes import Thing
 from attnctl.glyph.train.examples import KINDS, NONE, Easel, Example, jpeg
 from attnctl.glyph.train.loop import Losses
 from attnctl.glyph.words import COLOURS, CONCEPTS
+from attnctl.loading import load_autoencoder
 
 SLOTS = 4  # things in a picture, at most
 WIDTH = 24

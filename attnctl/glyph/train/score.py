@@ -14,10 +14,10 @@ import torch
 from rich.progress import Progress
 
 from attnctl.app.command import UsageError, check_writable
-from attnctl.app.loading import check_folder, load
 from attnctl.glyph import judge
 from attnctl.glyph.scenes import font_path
 from attnctl.glyph.words import ANIMALS, COLOURS, CONCEPTS, OBJECTS, Named, Prompt, is_held_out, phrase
+from attnctl.loading import check_folder, load
 
 MADE_BY = ("scenes", "batch", "steps", "seed", "grounding")
 """What `sd` writes into training.json, for the model card."""

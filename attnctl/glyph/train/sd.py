@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from attnctl.app.loading import ModelError, load_autoencoder
 from attnctl.glyph.scenes import SIDE, Renderer, Scene
 from attnctl.glyph.tokenizer import build_tokenizer
 from attnctl.glyph.train.autoencoder import pixels, sheet
 from attnctl.glyph.train.grounding import GRID, MapScore, coverage, eager, grounding_loss, map_test, owners
 from attnctl.glyph.train.loop import Losses
 from attnctl.glyph.words import CONCEPTS
+from attnctl.loading import ModelError, load_autoencoder
 
 WIDTH = 128
 BATCH = 32

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attnctl.engine.sites import Site
-from attnctl.processors.latents.map_gradient import Wanted
+from attnctl.processors.latents.map_gradient import PhraseTokens
 
 from .loss_terms import Loss
 
@@ -25,7 +25,7 @@ class Evaluation:
         images: which images it ran, by number.
         parts: loss -> (images, parts), each less the least it can be; NaN where an image has no such part.
         excess: (images,), the sum of all losses, weighted, less the least it can be.
-        seen: (images,), the highest probability with which a place looks at a phrase, mean over its words, of the
+        peaks: (images,), the highest probability with which a place looks at a phrase, mean over its words, of the
             phrase where it is least.
     """
 
@@ -33,7 +33,7 @@ class Evaluation:
     images: tuple[int, ...]
     parts: dict[str, Tensor]
     excess: Tensor
-    seen: Tensor
+    peaks: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,37 +59,37 @@ class Foreseen:
 
     Attributes:
         step: denoiser call before which it was, from 0.
-        seen: (all images,), as for `Evaluation`, where plain drawing leads; NaN where nobody looked.
+        peaks: (all images,), as for `Evaluation`, where plain drawing leads; NaN where nobody looked.
         forwards: of the denoiser that it cost.
-        alone: images that are left alone, by number, since every phrase was seen.
+        alone: images that are left alone, by number, since every phrase met its target.
     """
 
     step: int
-    seen: Tensor
+    peaks: Tensor
     forwards: int
     alone: tuple[int, ...] = ()
 
 
 @dataclass(eq=False)
-class Trace:
+class DescentTrace:
     """What a control by gradients has done in one run. Losses are less the least they can be.
 
     Attributes:
         sites: where maps were read.
-        wanted: which tokens.
+        phrase_tokens: which tokens.
         terms: the losses.
         images: which images the control acts on, by number.
-        insisted: (all images,), True where a loss insists, see `Loss.insists`.
+        always: (all images,), True where an image is always updated, see `Loss.always`.
         scale: (images,), of the losses on their way through the model, see `map_gradient.gradients`.
         skipped: (images,), gradients that were not finite; their updates were not made.
         foreseen: what a look ahead found, if there was one.
     """
 
     sites: tuple[Site, ...]
-    wanted: Wanted
+    phrase_tokens: PhraseTokens
     terms: list[Loss]
     images: tuple[int, ...]
-    insisted: Tensor
+    always: Tensor
     scale: Tensor
     skipped: Tensor
     evaluations: list[Evaluation] = field(default_factory=list)
@@ -103,7 +103,8 @@ class Trace:
 
     def to(self, device: torch.device) -> None:
         """What the loop works with, onto a device."""
-        self.wanted, self.scale, self.skipped = (x.to(device) for x in (self.wanted, self.scale, self.skipped))  # type: ignore[assignment]
+        self.phrase_tokens = self.phrase_tokens.to(device)
+        self.scale, self.skipped = self.scale.to(device), self.skipped.to(device)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: for each step its evaluations and updates. Values per image; None is a value that is not there.
@@ -118,7 +119,12 @@ class Trace:
                 name: {label: _plain(values[:, k]) for k, label in enumerate(labels[name])}
                 for name, values in one.parts.items()
             }
-            return {"images": list(one.images), "losses": losses, "total": _plain(one.excess), "seen": _plain(one.seen)}
+            return {
+                "images": list(one.images),
+                "losses": losses,
+                "total": _plain(one.excess),
+                "peaks": _plain(one.peaks),
+            }
 
         def update(one: Update) -> dict[str, Any]:
             return {"images": list(one.images), "share": _plain(one.share)}
@@ -135,7 +141,7 @@ class Trace:
             if ahead is None
             else {
                 "step": ahead.step,
-                "seen": _plain(ahead.seen),
+                "peaks": _plain(ahead.peaks),
                 "forwards": ahead.forwards,
                 "left_alone": list(ahead.alone),
             },
@@ -148,7 +154,7 @@ class Trace:
 
     def __str__(self) -> str:
         if not self.updates:
-            return "no update" if self.foreseen is None else "no update, for all phrases are seen ahead"
+            return "no update" if self.foreseen is None else "no update, since a look ahead finds all phrases"
         first, last = (
             ", ".join(f"{value:.3g}" for value in one.losses.tolist()) for one in (self.updates[0], self.updates[-1])
         )

@@ -1,12 +1,17 @@
-"""Controls as clicks on words make them: one word must be there, several are kept apart, linked ones belong together.
+"""Controls as clicks make them: one word must be there, several are kept apart, linked ones belong together; heads.
 
 All of it is in the text of the controls, one a line: a click changes that text.
 """
 
+from collections.abc import Sequence
+
 from attnctl.app.asked import READ
 from attnctl.app.control_settings import find, renamed
 from attnctl.app.control_text import parts_of, write_control
+from attnctl.engine.heads import pick_heads, write_heads
+from attnctl.engine.sites import Site
 from attnctl.errors import AttnctlError
+from attnctl.files import no_files
 
 ONE, MANY, BOND = "excitation", "segregation", "binding"
 """The controls of a click: on one word, on more of them, on the link between two."""
@@ -67,3 +72,24 @@ def meant(word: str, bonds: list[str]) -> str:
 
 def _lines(controls: str) -> list[str]:
     return [line.strip() for line in controls.splitlines() if line.strip()]
+
+
+# --- heads -----------------------------------------------------------------------------------------------------------
+
+
+def picked(sites: Sequence[Site], heads: str) -> dict[Site, tuple[int, ...]]:
+    """The heads of a text, by site; none where it names none, which is told when it is drawn. It reads no file."""
+    try:
+        with no_files():
+            return pick_heads(sites, heads)
+    except AttnctlError:
+        return {}
+
+
+def toggled(sites: Sequence[Site], heads: str, key: str) -> str:
+    """The text of the heads after a click on one, or on a block."""
+    chosen = {site: set(own) for site, own in picked(sites, heads).items()}
+    for site, own in pick_heads(sites, key).items():
+        there = chosen.setdefault(site, set())
+        chosen[site] = there - set(own) if there >= set(own) else there | set(own)
+    return write_heads({site: tuple(sorted(own)) for site, own in chosen.items() if own})

@@ -1,4 +1,4 @@
-"""Loss: what a method asks of maps during one run, on top of the plain functions in `losses`."""
+"""Loss: what a method asks of maps during one run, on top of the plain functions of its file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnctl.engine.run import Run
-from attnctl.processors.latents.map_gradient import Preparation, Wanted
+from attnctl.processors.latents.map_gradient import PhraseTokens, Preparation
 from attnctl.words.phrases import TextStream
 
 
@@ -20,7 +20,7 @@ class View:
 
     Attributes:
         maps: (images, phrases, height, width), prepared.
-        tokens: (images, tokens, height, width), probabilities, those of `Wanted.tokens`.
+        tokens: (images, tokens, height, width), probabilities, those of `PhraseTokens.tokens`.
         images: which images of the run these are, by number.
         preparation: how `maps` were prepared.
     """
@@ -55,20 +55,22 @@ class Loss:
         whole_prompt: it reads the maps of every token of the prompts.
         phrases: those it reads.
         labels: names of its parts, for reports.
-        insists: (images,), True where it is to be met though the phrases are seen; set by `begin`. False: nowhere.
+        always: (images,), True for images that are updated whatever a look ahead finds; set by `begin`. False: none.
     """
 
     name: ClassVar[str]
     least: ClassVar[float] = 0.0
     whole_prompt: ClassVar[bool] = False
     labels: tuple[str, ...]
-    insists: Tensor | Literal[False] = False
+    always: Tensor | Literal[False] = False
 
     def __init__(self, phrases: Sequence[str], weight: float = 1.0) -> None:
         self.phrases = tuple(dict.fromkeys(phrases))
         self.weight: float | Tensor = weight  # one for all parts, or one for each
 
-    def begin(self, run: Run, names: tuple[str, ...], texts: Sequence[tuple[TextStream, ...]], found: Wanted) -> Tensor:
+    def begin(
+        self, run: Run, names: tuple[str, ...], texts: Sequence[tuple[TextStream, ...]], found: PhraseTokens
+    ) -> Tensor:
         """Learn where things are: maps come in the order of `names`.
 
         Returns:
@@ -104,7 +106,9 @@ class OfPairs(Loss):
         self.named = tuple(pairs)
         self.labels = tuple(" | ".join(pair) for pair in pairs)
 
-    def begin(self, run: Run, names: tuple[str, ...], texts: Sequence[tuple[TextStream, ...]], found: Wanted) -> Tensor:
+    def begin(
+        self, run: Run, names: tuple[str, ...], texts: Sequence[tuple[TextStream, ...]], found: PhraseTokens
+    ) -> Tensor:
         self.pairs = [(names.index(one), names.index(other)) for one, other in self.named]
         first, second = zip(*self.pairs, strict=True)
         self.present = found.present[:, first] & found.present[:, second]  # (images, pairs)
@@ -114,7 +118,9 @@ class OfPairs(Loss):
 class OfPhrases(Loss):
     """A loss whose parts are phrases; one that is part of a longer one does not count."""
 
-    def begin(self, run: Run, names: tuple[str, ...], texts: Sequence[tuple[TextStream, ...]], found: Wanted) -> Tensor:
+    def begin(
+        self, run: Run, names: tuple[str, ...], texts: Sequence[tuple[TextStream, ...]], found: PhraseTokens
+    ) -> Tensor:
         self.labels = self.phrases
         self.columns = [names.index(phrase) for phrase in self.phrases]
         self.present = found.whole(self.columns)

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from attnctl.app.asked import control_of, with_phrases, without_files
 from attnctl.app.limits import JOBS, LARGEST, STEPS
-from attnctl.app.loading import check_name
 from attnctl.errors import AttnctlError, instead, short
+from attnctl.loading import check_name
 
 _AXES = ("product", "zip")
 
@@ -47,6 +47,7 @@ class Job(BaseModel):
         json_schema_extra={"type": ["array", "string"]},
     )
     maps: bool | tuple[str, ...] = Field((), description="Phrases whose maps are drawn as well; true: each word.")
+    trace: bool = Field(False, description="Also save what the controls did: as JSON, loss curves, maps by step.")
     model: str = Field("glyph-sd", description="An embedded model, a folder, or a hub id.")
 
     @field_validator("prompt")

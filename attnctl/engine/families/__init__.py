@@ -1,0 +1,1 @@
+"""One short record a file for each kind of denoiser."""
