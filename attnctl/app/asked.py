@@ -145,7 +145,7 @@ def recipe_of(
     from attnctl import loading
     from attnctl.app import drawing, recipe
 
-    usual = loading.USUAL.get(model, {})
+    usual = loading.usual(model)
     return recipe.Recipe(
         model=model,
         weights=weights or recipe.weights_hash(pipe),

@@ -75,6 +75,7 @@ def shown_words(pipe: "DiffusionPipeline", prompt: str) -> tuple[tuple[str, ...]
         family=family,
         texts={},
         prompts=(prompt,),
+        text_rows=None,
         max_sequence_length=None if default is None else default.default,
     )
     text, seen, unseen = streams(run, 0), list[str](), list[str]()

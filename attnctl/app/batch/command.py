@@ -11,7 +11,7 @@ import typer
 
 from attnctl.app.command import UsageError, check_writable, plain, tell
 from attnctl.app.limits import GROUP, THREADS
-from attnctl.loading import DTYPES, USUAL
+from attnctl.loading import DTYPES, usual
 
 if TYPE_CHECKING:
     from attnctl.app.batch.jobs import Placed
@@ -152,7 +152,7 @@ def _report(folder: Path) -> None:
 def _told(what: "Plan") -> str:
     """What a plan comes to, in a few lines."""
     there, missing = len(what.there), what.missing
-    steps = [task.job.steps or USUAL.get(task.job.model, {}).get("steps") for task in missing]
+    steps = [task.job.steps or usual(task.job.model).get("steps") for task in missing]
     own = sum(count is None for count in steps)
     rest = f", and {_pictures(own)} in as many as the model itself takes" if own else ""
     models = ", ".join(map(plain, dict.fromkeys(task.job.model for task in missing)))
