@@ -127,7 +127,7 @@ def _shown(ui: SimpleNamespace) -> None:
         with gr.Tab("Sheet", id="sheet"):
             ui.sheet = gr.Image(label="Everything on one sheet", type="filepath", elem_id="sheet", **_IMAGE)
         with gr.Tab("What the control did", id="trace"):
-            ui.curves = gr.Gallery(label="Step by step", columns=1, height="auto", **_GALLERY)
+            ui.curves = gr.Gallery(label="Step by step", columns=2, height="auto", **_GALLERY)
         with gr.Tab("Use it elsewhere", id="use"):
             ui.command = gr.Code(label="Copy as command", language="shell", elem_id="command", **_CODE)
             ui.python = gr.Code(label="Copy as Python", language="python", elem_id="python", **_CODE)
