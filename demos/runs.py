@@ -54,7 +54,7 @@ def wire(ui: SimpleNamespace, studio: Service) -> None:
             ui.curves: result.curves,
             ui.command: result.command,
             ui.python: result.python,
-            ui.recipe: gr.DownloadButton(_recipe_file(result), interactive=True),
+            ui.recipe: gr.DownloadButton(value=_recipe_file(result), interactive=True),
         }
 
     def filled(recipe: Recipe) -> dict[Any, Any]:
@@ -80,12 +80,14 @@ def wire(ui: SimpleNamespace, studio: Service) -> None:
     result = [ui.status, ui.preview, ui.pictures, ui.heat, ui.sheet, ui.curves, ui.command, ui.python, ui.recipe]
     run = gr.on(
         [ui.go.click, ui.prompt.submit], drawn, [ui.history, *fields], [*result, ui.gallery, ui.history],
-        show_progress="minimal", show_progress_on=ui.status, api_visibility="private", **TURN,
+        show_progress="full", show_progress_on=ui.status, api_visibility="private", **TURN,
     )  # fmt: skip
-    hidden = {ui.preview: gr.update(value=None, visible=False), ui.pictures: gr.update(visible=True)}
-    back = {ui.status: "Cancelled."} | hidden
+    back = {ui.status: "Stopped: nothing was drawn.", ui.preview: gr.update(value=None, visible=False)}
+    back[ui.pictures] = gr.update(visible=True)
+    seen = "() => document.getElementById('status').scrollIntoView({block: 'nearest', behavior: 'smooth'})"
+    ui.go.click(None, js=seen, api_visibility="private")  # on a phone it is further down
     ui.stop.click(lambda: back, None, list(back), cancels=[run], **QUIET)
-    run.failure(lambda: back | {ui.status: EMPTY}, None, list(back), **QUIET)
+    run.failure(lambda: back, None, list(back), **QUIET)
     ui.gallery.select(again, [ui.history, ui.stamp], [*fields, *result, ui.stamp], **QUIET)
     ui.file.upload(dropped, [ui.file, ui.stamp], [*fields, ui.stamp], **QUIET)
 
@@ -116,7 +118,7 @@ def batch(studio: Service) -> None:
             raise refused("drop a job file first")
         for one in service_batch.run(studio, Path(path)):
             report = [f"{one.done} of {one.total} pictures.", *(f"- failed: {fault}" for fault in one.faults)]
-            ready = gr.DownloadButton(one.archive and str(one.archive), interactive=one.archive is not None)
+            ready = gr.DownloadButton(value=one.archive and str(one.archive), interactive=one.archive is not None)
             yield "\n".join(report), one.pictures, ready
 
     run = go.click(draw, file, [said, pictures, archive], api_visibility="private", show_progress="minimal",

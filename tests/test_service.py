@@ -210,7 +210,7 @@ def test_a_batch_is_drawn_in_turns_and_taken_as_an_archive(service, tmp_path, mo
     with zipfile.ZipFile(end.archive) as archive:
         names = archive.namelist()
         assert sum(name.endswith(".png") and name.startswith("a-cat") for name in names) == 6
-    by_hand = [result.path for result in batch.run(tmp_path / "jobs.yaml", tmp_path / "out")]
+    by_hand = [result.path for result in batch.run(tmp_path / "jobs.yaml", tmp_path / "out", group=1)]
     assert {pixels(path) for path, _ in end.pictures} == {pixels(path) for path in by_hand}
 
 

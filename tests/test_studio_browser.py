@@ -173,7 +173,7 @@ def test_a_run_is_cancelled(page, studio):
     expect(page.locator("#status")).to_contain_text(re.compile(r"step \d+ of 100, \d+ s left"))
     expect(page.locator("#preview img")).to_be_visible()
     page.get_by_role("button", name="Cancel").first.click()
-    expect(page.locator("#status")).to_contain_text("Cancelled")
+    expect(page.locator("#status")).to_contain_text("Stopped")
     generate(page)
     assert not studio.turns.busy
 

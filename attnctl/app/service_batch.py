@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.progress import Progress, TaskID
 
-from attnctl import batch
+from attnctl.app.batch import running as batch
 from attnctl.app.batch.job_files import read_jobs
 from attnctl.app.batch.jobs import Job
 from attnctl.app.service import Asked, Service, ServiceError, Shown, check_files
@@ -71,7 +71,7 @@ def run(service: Service, file: Path) -> Iterator[Batch]:
 def _drawn(service: Service, jobs: Sequence[Job], out: Path, bar: Bar) -> None:
     if any(job.model not in embedded() for job in jobs):
         service.close()  # room for the batch's own
-    for result in batch.run(jobs, out, device=service.device, dtype=service.dtype, bar=_Bars(bar)):
+    for result in batch.run(jobs, out, device=service.device, dtype=service.dtype, group=1, bar=_Bars(bar)):
         bar.told.put(result)
 
 
