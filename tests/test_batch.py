@@ -13,7 +13,8 @@ import pytest
 import tiny as pipelines
 from PIL import Image
 
-from attnctl.app import batch, cli, job_files, jobs, recipe
+from attnctl.app import cli, recipe
+from attnctl.app.batch import job_files, jobs, running, worker
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "a cat and a dog"
@@ -214,7 +215,7 @@ def test_a_second_start_draws_what_is_missing_and_no_more(some, command, tmp_pat
 
 
 def test_a_picture_of_a_batch_is_that_of_generate(some, command, tiny, tmp_path):
-    results = list(batch.run(some(), tmp_path / "out"))
+    results = list(running.run(some(), tmp_path / "out"))
     assert [result.drawn for result in results] == [True] * 4
     for result in results:
         words = ["--control", SEGREGATION] if result.job.controls else []
@@ -251,18 +252,18 @@ def test_a_job_that_fails_is_noted_and_the_rest_is_drawn(write, command, tiny, t
 def test_a_failure_that_is_mended_is_forgotten(some, tmp_path, monkeypatch):
     from attnctl.app import drawing
 
-    own, out = drawing.draw, tmp_path / "out"
+    own, out = drawing.draw_together, tmp_path / "out"
 
-    def broken(pipe, recipe, *rest, **settings):
-        if recipe.seed == 2:
+    def broken(pipe, recipes, *rest, **settings):
+        if recipes[0].seed == 2:
             raise RuntimeError("a fault\nof a library")
-        return own(pipe, recipe, *rest, **settings)
+        return own(pipe, recipes, *rest, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(drawing, "draw", broken)
-        results = list(batch.run(some(), out))
+        patch.setattr(drawing, "draw_together", broken)
+        results = list(running.run(some(), out))
     assert [result.error for result in results if result.error] == ["RuntimeError: a fault of a library"]
-    results = list(batch.run(some(), out, retry_failed=True))
+    results = list(running.run(some(), out, retry_failed=True))
     assert [result.job.seed for result in results if result.drawn] == [2]
     assert not (out / "failures.jsonl").exists() and len(pictures(out)) == 4
 
@@ -270,23 +271,23 @@ def test_a_failure_that_is_mended_is_forgotten(some, tmp_path, monkeypatch):
 def test_a_model_that_does_not_load_fails_its_own_jobs(tiny, tmp_path):
     (tmp_path / "broken").mkdir()
     rows = [{"prompt": PROMPT, "steps": 1, "model": str(model)} for model in (tmp_path / "broken", tiny)]
-    broken, whole = batch.run(rows, tmp_path / "out")
+    broken, whole = running.run(rows, tmp_path / "out")
     assert "model_index.json is missing" in broken.error and whole.drawn
 
 
 def test_a_model_is_loaded_once(tiny, tmp_path, monkeypatch):
     second = tmp_path / "second"
     second.symlink_to(tiny)
-    loaded, own = [], batch.open_model
-    monkeypatch.setattr(batch, "open_model", lambda model, *rest: loaded.append(model) or own(model, *rest))
+    loaded, own = [], worker.open_model
+    monkeypatch.setattr(worker, "open_model", lambda model, *rest: loaded.append(model) or own(model, *rest))
     rows = [{"prompt": PROMPT, "steps": 1, "seed": n, "model": (tiny, str(second))[n % 2]} for n in range(4)]
-    assert all(result.drawn for result in batch.run(rows, tmp_path / "out"))
+    assert all(result.drawn for result in running.run(rows, tmp_path / "out"))
     assert loaded == [tiny, str(second)]
 
 
 def test_manifest_and_sheet_are_made_again(some, command, tmp_path):
     out = tmp_path / "out"
-    list(batch.run(some(), out))
+    list(running.run(some(), out))
     files = {name: (out / name).read_bytes() for name in ("manifest.jsonl", "sheet.png")}
     assert len(files["manifest.jsonl"].splitlines()) == 4
     assert {json.loads(line)["file"] for line in files["manifest.jsonl"].splitlines()} == set(pictures(out))
@@ -300,11 +301,11 @@ def test_manifest_and_sheet_are_made_again(some, command, tmp_path):
 
 def test_one_picture_for_the_same_job_twice(tiny, tmp_path):
     row = {"prompt": PROMPT, "steps": 1, "model": tiny}
-    assert len(list(batch.run([row, jobs.Job(**row), row | {"seed": 0}], tmp_path / "out"))) == 1
+    assert len(list(running.run([row, jobs.Job(**row), row | {"seed": 0}], tmp_path / "out"))) == 1
 
 
 def test_two_batches_in_one_folder_are_refused(some, command, tmp_path):
-    first = batch.run(some(), tmp_path / "out")
+    first = running.run(some(), tmp_path / "out")
     next(first)
     code, _, err = command("batch", some(), "--out", tmp_path / "out")
     assert code == 2 and "another batch is drawing into" in err[0]
@@ -314,14 +315,14 @@ def test_two_batches_in_one_folder_are_refused(some, command, tmp_path):
 def test_ctrl_c_says_how_to_go_on(some, command, tmp_path, monkeypatch):
     from attnctl.app import drawing
 
-    own, out = drawing.draw, tmp_path / "out"
+    own, out = drawing.draw_together, tmp_path / "out"
 
-    def stopped(pipe, recipe, *rest, **settings):
-        if recipe.seed == 2:
+    def stopped(pipe, recipes, *rest, **settings):
+        if recipes[0].seed == 2:
             raise KeyboardInterrupt
-        return own(pipe, recipe, *rest, **settings)
+        return own(pipe, recipes, *rest, **settings)
 
-    monkeypatch.setattr(drawing, "draw", stopped)
+    monkeypatch.setattr(drawing, "draw_together", stopped)
     code, _, err = command("batch", some(), "--out", out)
     assert code == 130 and err[0] == "attnctl: 1 of 4 pictures drawn; the same command goes on from here"
     assert len(pictures(out)) == 1 and not list(out.glob("*.part")) and not (out / "failures.jsonl").exists()

@@ -25,6 +25,7 @@ from attnctl.app.asked import (
     with_phrases,
     without_files,
 )
+from attnctl.app.batch.command import batch
 from attnctl.app.command import DEVICE_HELP, MODEL_HELP, UsageError, check_writable, plain, run, tell
 from attnctl.app.limits import LARGEST, STEPS, THREADS
 from attnctl.app.personalize_command import personalize
@@ -49,6 +50,10 @@ app = typer.Typer(
 )
 
 DTYPE_HELP = "float32, float16 or bfloat16."
+
+
+app.command(no_args_is_help=True)(batch)
+app.command(no_args_is_help=True)(personalize)
 
 
 def main() -> None:
@@ -283,42 +288,6 @@ def _save(drawings: "dict[str, Drawing]", recipe: "Recipe", out: Path) -> list[P
                 one.unlink(missing_ok=True)
             raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
     return [*traces, *shown]
-
-
-# --- batch ------------------------------------------------------------------------------------------------------------
-
-
-@app.command(no_args_is_help=True)
-def batch(
-    file: Annotated[Path | None, typer.Argument(help="Jobs, as .yaml, .jsonl or .csv.", show_default=False)] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures; made if need be.")] = Path("out"),
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the file, say what is to draw, and stop.")] = False,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Draw only what failed before.")] = False,
-    report: Annotated[
-        Path | None, typer.Option(help="Make the manifest and contact sheets of this folder again, and stop.")
-    ] = None,
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a row, and stop.")] = False,
-    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
-    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "float32",
-    threads: Annotated[int | None, typer.Option(help="Threads of the processor; default: as for generate.")] = None,
-) -> None:
-    """Draw many pictures from a file of jobs; what is in the folder already is not drawn again.
-
-    - attnctl batch jobs.yaml --out night --dry-run
-    - attnctl batch jobs.yaml --out night
-
-    A row holds prompt, negative, seed, steps, guidance, size, controls, maps and model. Axes make many jobs of one row:
-    product: {seed: [1, 2, 3], controls: [none, segregation, astar]} takes every combination, zip: takes lists in step.
-
-    A batch that was stopped, in whatever way, goes on with the same command. Exit code 1: some job failed, and
-    failures.jsonl says which and why.
-    """
-    from attnctl.app import batch_command
-
-    batch_command.run(file, out, dry_run, retry_failed, report, schema, device, dtype, threads)
-
-
-app.command(no_args_is_help=True)(personalize)
 
 
 # --- reproduce, judge, controls, sites --------------------------------------------------------------------------------

@@ -31,6 +31,10 @@ class DrawingError(AttnctlError):
     """The pipeline cannot draw what it was asked to draw."""
 
 
+class OutOfMemoryError(DrawingError):
+    """It does not fit into memory."""
+
+
 @dataclass(frozen=True)
 class LossTrace:
     """What the controls of a drawing did: plain data, and pictures of it by what they show."""
@@ -113,36 +117,66 @@ def draw(
         bar: shows the steps.
         trace: also note what the controls do, for `Drawing.trace`.
     """
+    # Kernels round by the size of a batch, not by what else is in it: so many copies give the picture of the group.
+    return draw_together(pipe, [recipe] * recipe.together, controls, label, bar, trace)[0]
+
+
+def draw_together(
+    pipe: "DiffusionPipeline",
+    recipes: Sequence["Recipe"],
+    controls: Sequence["Control"],
+    label: str = "",
+    bar: "Progress | None" = None,
+    trace: bool = False,
+) -> list[Drawing]:
+    """Draw pictures in one call of the pipeline, each from its own seed and prompt.
+
+    Args:
+        pipe: the pipeline.
+        recipes: what to draw. They differ in prompt, negative and seed alone; maps are of one prompt.
+        controls, label, bar: as for `draw`.
+        trace: as for `draw`; of one picture.
+
+    Raises:
+        OutOfMemoryError: fewer at once may fit.
+        DrawingError: the pipeline cannot draw this.
+    """
     import torch
 
     from attnctl.engine.attachment import attach
 
-    settings = _call_settings(pipe, recipe)
+    first = recipes[0]
+    settings = _call_settings(pipe, recipes)
     # On the CPU whatever the device, so that a seed means the same noise everywhere.
-    settings["generator"] = torch.Generator("cpu").manual_seed(recipe.seed)
-    watch = _maps_control(recipe.maps)
-    by_step = _maps_control(_named(controls) or recipe.maps, keep="step") if trace else ()
+    noise = [torch.Generator("cpu").manual_seed(recipe.seed) for recipe in recipes]
+    settings["generator"] = noise if len(noise) > 1 else noise[0]
+    watch = _maps_control(first.maps)
+    by_step = _maps_control(_named(controls) or first.maps, keep="step") if trace else ()
     try:
         with ExitStack() as stack:
             stack.enter_context(_steps_shown(pipe, bar, label))
             stack.enter_context(_finite_alone(pipe, controls))
             run = stack.enter_context(attach(pipe, *controls, *watch, *by_step)) if controls or watch else None
-            picture = pipe(**settings).images[0]
-            maps = {word: run.maps.overlay(word, picture) for word in recipe.maps} if run else {}
+            drawn = pipe(**settings).images
             told = _told(run, len(controls), by_step) if run and trace else None
-            alone = _left_alone(run, controls) if run else ()
+            alone = [_left_alone(run, controls, image) if run else () for image in range(len(recipes))]
+            maps = [
+                {word: run.maps.overlay(word, picture, image) for word in first.maps} if run else {}
+                for image, picture in enumerate(drawn)
+            ]
     except AttnctlError:
         raise
     except torch.OutOfMemoryError as error:
-        raise DrawingError(f"out of memory on {recipe.device}: try a smaller --size or --dtype float16") from error
+        raise OutOfMemoryError(f"out of memory on {first.device}: try a smaller --size or --dtype float16") from error
     except (RuntimeError, MemoryError) as error:  # the CPU's out of memory has no class of its own
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
             raise
-        raise DrawingError(f"out of memory on {recipe.device}: try a smaller --size") from error
+        raise OutOfMemoryError(f"out of memory on {first.device}: try a smaller --size") from error
     except ValueError as error:  # the pipeline's own check of its inputs
         raise DrawingError(" ".join(str(error).split())) from error
     regions = tuple(pair for control in controls for pair in getattr(control, "masks", ()))
-    return Drawing(picture, maps, told, alone, regions)
+    together = zip(drawn, maps, alone, strict=True)
+    return [Drawing(picture, over, told, left, regions) for picture, over, left in together]
 
 
 @contextmanager
@@ -219,21 +253,25 @@ def _told(run: "Attachment", own: int, by_step: "tuple[Control, ...]") -> LossTr
     return LossTrace(report, {name: picture for name, picture in shown.items() if picture is not None})
 
 
-def _left_alone(run: "Attachment", controls: Sequence["Control"]) -> tuple[str, ...]:
-    """The controls that left the picture alone."""
+def _left_alone(run: "Attachment", controls: Sequence["Control"], image: int) -> tuple[str, ...]:
+    """The controls that left a picture alone."""
     found = [(control, getattr(state, "foreseen", None)) for control, state in run.run.states(controls)]
-    return tuple(type(control).__name__ for control, ahead in found if ahead is not None and ahead.alone)
+    return tuple(type(control).__name__ for control, ahead in found if ahead is not None and image in ahead.alone)
 
 
-def _call_settings(pipe: "DiffusionPipeline", recipe: "Recipe") -> dict[str, Any]:
-    settings = {
-        "prompt": recipe.prompt,
-        "negative_prompt": recipe.negative,
-        "num_inference_steps": recipe.steps,
-        "guidance_scale": recipe.guidance,
-        "width": recipe.width,
-        "height": recipe.height,
+def _call_settings(pipe: "DiffusionPipeline", recipes: Sequence["Recipe"]) -> dict[str, Any]:
+    first = recipes[0]
+    settings: dict[str, Any] = {
+        "prompt": first.prompt,
+        "negative_prompt": first.negative,
+        "num_inference_steps": first.steps,
+        "guidance_scale": first.guidance,
+        "width": first.width,
+        "height": first.height,
     }
+    if len(recipes) > 1:
+        settings["prompt"] = [recipe.prompt for recipe in recipes]
+        settings["negative_prompt"] = None if first.negative is None else [recipe.negative for recipe in recipes]
     settings = {name: value for name, value in settings.items() if value is not None}
     unknown = settings.keys() - inspect.signature(pipe.__call__).parameters.keys()
     if unknown:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from attnctl.app.limits import LARGEST, STEPS, THREADS
+from attnctl.app.limits import GROUP, LARGEST, STEPS, THREADS
 from attnctl.errors import AttnctlError
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class Recipe:
     threads: int
     versions: dict[str, str]
     sampler: str | None = None  # as other tools call it, see `sampler_of`
+    together: int = 1  # pictures of the batch it was drawn in; other sizes round in other ways
     shows: str = "controlled"  # plain | controlled | maps | comparison
     pixels: str | None = None  # pixel_hash of the picture that carries this recipe
 
@@ -70,7 +71,7 @@ class Recipe:
         """
         try:
             content = json.loads(text)
-            content = {"sampler": None} | content  # older recipes do not tell it
+            content = {"sampler": None, "together": 1} | content  # older recipes do not tell them
             recipe = cls(**{field.name: content[field.name] for field in fields(cls)})
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise RecipeError(f"the recipe cannot be read: {type(error).__name__} {error}") from None
@@ -124,6 +125,7 @@ _HOLDS: dict[str, tuple[_Fits, str]] = {
     ),
     "steps": (lambda value: value is None or _whole(value, 1, STEPS), f"a whole number from 1 to {STEPS}, or null"),
     "seed": (lambda value: _whole(value, 0), "a whole number from 0 up"),
+    "together": (lambda value: _whole(value, 1, GROUP), f"a whole number from 1 to {GROUP}"),
     "threads": (lambda value: _whole(value, 1, THREADS), f"a whole number from 1 to {THREADS}"),
     "guidance": (lambda value: value is None or _number(value), "a number from 0 up, or null"),
     "versions": (lambda value: isinstance(value, dict) and _texts(list(value.values())), "texts by name"),
@@ -217,6 +219,8 @@ def save(picture: Image.Image, path: Path, recipe: Recipe) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:  # tempfile's are for their owner alone; these get the usual rights
             picture.save(file, format="PNG", pnginfo=info)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may leave the name without the picture
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):

@@ -19,7 +19,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_dispatch import dispatch_attention_fn as DISPATCH
 from torch import Tensor, nn
 
 from attnctl.engine import compile_op as opaque
@@ -144,6 +143,8 @@ class Seat:
         def kernel(q, k, v, bias, scale):
             if options is None or bias is not mask:  # many dispatch backends refuse a mask, torch's own never does
                 return SDPA(q, k, v, bias, dropout, causal, scale=scale, enable_gqa=gqa or q.shape[1] != k.shape[1])
-            return flip(DISPATCH(flip(q), flip(k), flip(v), bias, dropout, causal, scale, gqa, **options))
+            from diffusers.models.attention_dispatch import dispatch_attention_fn  # slow; who reads settings needs none
+
+            return flip(dispatch_attention_fn(flip(q), flip(k), flip(v), bias, dropout, causal, scale, gqa, **options))
 
         return flip(self.handler(flip(query), flip(key), flip(value), mask, scale, index, kernel))

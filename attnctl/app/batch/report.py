@@ -1,21 +1,13 @@
 """What is derived from the folder of a batch and can be made again at any time: its manifest and contact sheets."""
 
 import json
-import os
 import re
-import secrets
-from contextlib import suppress
 from dataclasses import asdict
-from io import BytesIO
 from pathlib import Path
 
+from attnctl.app.batch.folder import MANIFEST, PICTURE, png, write_whole
 from attnctl.app.command import tell
 from attnctl.errors import short
-
-MANIFEST = "manifest.jsonl"
-
-PICTURE = re.compile(r".*-([0-9a-f]{12})\.png")
-"""The name of a batch's picture; its key."""
 
 _THUMB, _COLUMNS, _PER_SHEET = 192, 6, 120
 
@@ -49,24 +41,11 @@ def write_report(out: Path) -> list[Path]:
         rows.setdefault((recipe.prompt, recipe.seed), []).append(cell)
     cut = [cells[at : at + _COLUMNS] for cells in rows.values() for at in range(0, len(cells), _COLUMNS)]
     for number, at in enumerate(range(0, len(cut), _PER_SHEET // _COLUMNS), 1):
-        page = BytesIO()
-        grid(cut[at : at + _PER_SHEET // _COLUMNS], 12).save(page, "PNG")
-        files[out / f"sheet{f'-{number}' if number > 1 else ''}.png"] = page.getvalue()
+        page = grid(cut[at : at + _PER_SHEET // _COLUMNS], 12)
+        files[out / f"sheet{f'-{number}' if number > 1 else ''}.png"] = png(page)
     for old in out.glob("sheet*.png"):
         if re.fullmatch(r"sheet(-\d+)?\.png", old.name) and old not in files:
             old.unlink()
     for path, content in files.items():
         write_whole(path, content)
     return list(files)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all."""
-    part = path.parent / f".{secrets.token_hex(8)}.part"
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    except BaseException:
-        with suppress(OSError):
-            part.unlink()
-        raise

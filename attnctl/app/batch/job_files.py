@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from attnctl.app.jobs import FIELDS, Fault, JobError, Placed, check_jobs
+from attnctl.app.batch.jobs import FIELDS, Fault, JobError, Placed, check_jobs
 from attnctl.errors import instead, short
 
 
@@ -108,7 +108,7 @@ def _cell(field: str, cell: str) -> Any:
             return float(cell)
         except ValueError:
             return cell
-    if field == "maps" and cell.lower() in ("true", "false"):
+    if field in ("maps", "trace") and cell.lower() in ("true", "false"):
         return cell.lower() == "true"
     if field in ("controls", "maps"):
         return [part.strip() for part in cell.split(";") if part.strip()]

@@ -47,6 +47,7 @@ class Job(BaseModel):
         json_schema_extra={"type": ["array", "string"]},
     )
     maps: bool | tuple[str, ...] = Field((), description="Phrases whose maps are drawn as well; true: each word.")
+    trace: bool = Field(False, description="Also save what the controls did: as JSON, loss curves, maps by step.")
     model: str = Field("glyph-sd", description="An embedded model, a folder, or a hub id.")
 
     @field_validator("prompt")
