@@ -136,13 +136,13 @@ def test_sdxl_learns_a_row_for_each_encoder(picture, tmp_path):
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trained", ["full", "lora"])
-def test_stock_loaders_give_the_pictures_of_the_trained_pipeline(picture, tmp_path, trained):
+@pytest.mark.parametrize("trained, file", [("full", None), ("lora", None), ("full", "kohya_lora.safetensors")])
+def test_stock_loaders_give_the_pictures_of_the_trained_pipeline(picture, tmp_path, trained, file):
     pipe = tiny.sd1()
     folder = learnt(pipe, picture, trained=trained).save(tmp_path)
     own = tiny.draw(pipe, PROMPT)
     other = tiny.sd1()
-    other.load_lora_weights(folder)
+    other.load_lora_weights(folder, weight_name=file)
     for word in ("v1", "v2"):
         other.load_textual_inversion(folder / f"{word}.safetensors")
     loaded = tiny.draw(other, PROMPT)
@@ -173,7 +173,8 @@ def test_the_files_of_a_word_hold_one_key_and_no_angle_brackets(picture, tmp_pat
 
     folder = learnt(tiny.sd1(), picture).save(tmp_path)
     assert {path.name for path in folder.iterdir()} == {
-        "concepts.json", "pytorch_lora_weights.safetensors", "v1.safetensors", "v2.safetensors",
+        "concepts.json", "kohya_lora.safetensors", "pytorch_lora_weights.safetensors",
+        "v1.safetensors", "v2.safetensors",
     }  # fmt: skip
     ((key, row),) = load_file(folder / "v1.safetensors").items()
     assert key == "<v1>" and row.shape == (1, 32) and row.dtype == torch.float32
@@ -187,6 +188,13 @@ def test_damaged_and_missing_folders_are_told(picture, tmp_path):
     (folder / "v1.safetensors").write_bytes(b"short")
     with pytest.raises(ControlError, match="are damaged"):
         read_learnt(folder)
+
+
+def test_kohya_keys_are_those_that_comfyui_knows(picture):
+    found = learnt(tiny.sd1(), picture, trained="lora", rank=3).kohya_keys()
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    assert found[f"{name}.lora_down.weight"].shape == (3, 32) and found[f"{name}.lora_up.weight"].shape == (16, 3)
+    assert found[f"{name}.alpha"] == 3 and len(found) == 3 * 14
 
 
 def test_changes_are_factored_exactly_and_to_one_rank():
@@ -446,6 +454,11 @@ def test_a_folder_of_concepts_is_a_model(command, picture, folder, tmp_path):
     assert code == 0 and all("another noun may do" in line or "use other nouns" in line for line in err)
     assert not (tmp_path / "mine" / "training").exists() and out[0].startswith("3 steps; in the last one: denoise ")
     assert out[-1] == "mine/sample.png" and all((tmp_path / path).is_file() for path in out[1:])
+    code, out, err = command("concepts", "list", ".")
+    assert code == 0 and out == [f"mine  <v1> cat, <v2> dog  (of {folder})"]
+    code, out, err = command("concepts", "info", "mine")
+    assert code == 0 and out[:3] == [f"model: {folder}", "<v1> cat  (32 numbers)", "<v2> dog  (32 numbers)"]
+    assert out[3].startswith("weights: 14 modules, rank 32") and out[-1].startswith("settings: steps=3, rows=2")
     code, out, err = command("generate", PROMPT, "--model", "mine", "--steps", "2", "--maps")
     assert code == 0 and len(out) == 2
     assert command("reproduce", out[0])[1] == ["bit-identical"]
@@ -470,3 +483,9 @@ def test_the_command_refuses_in_one_line_before_it_trains(command, picture, tmp_
     code, out, err = command("personalize", *words, "--out", "mine")
     assert code == 2 and out == [] and len(err) == 1 and told in err[0]
     assert not (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize("words", [("list", "nowhere"), ("list", "."), ("info", ".")])
+def test_folders_without_concepts_are_told(command, words):
+    code, out, err = command("concepts", *words)
+    assert code == 2 and out == [] and len(err) == 1 and ("no folder" in err[0] or "holds no concepts" in err[0])
