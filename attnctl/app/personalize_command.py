@@ -168,7 +168,7 @@ class Shown:
         return [
             f"the map of {concept.noun!r} covers the background ({spread:.0%} of the picture): "
             "lower the weights of the calibration, such as --set separate=0.0002"
-            for concept, spread in zip(learnt.concepts, self.latest.coverage, strict=True)
+            for concept, spread in zip(learnt.concepts, self.latest.coverage, strict=False)
             if spread > FLOODED
         ]
 
