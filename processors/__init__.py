@@ -13,11 +13,12 @@ from .dense_regions import DenseRegions
 from .excitation import Excitation
 from .lora_regions import LoraRegions
 from .perturb import Pag, Perturb, Seg, Slg, Tpg
+from .placement import Placement
 from .regions import Isolation, Regions
 from .retention import Retention
 from .segregation import Segregation
 
 __all__ = [
     "AStar", "Binding", "Control", "Couple", "DenseRegions", "Excitation", "Isolation", "LoraRegions", "Pag", "Perturb",
-    "Regions", "Retention", "Seg", "Segregation", "Slg", "TokenMaps", "Tpg",
+    "Placement", "Regions", "Retention", "Seg", "Segregation", "Slg", "TokenMaps", "Tpg",
 ]  # fmt: skip
