@@ -51,6 +51,8 @@ def load(
 ) -> "DiffusionPipeline":
     """A diffusers pipeline: `model` is an embedded name, a folder saved by `save_pretrained`, or a hub id.
 
+    A folder that `attnctl personalize` wrote is the model that learnt, with the new words and what goes with them.
+
     `dtype` is a torch dtype or one of "float32" (the default), "float16", "bfloat16". Without a `device` the pipeline
     stays on the CPU. `options` go to `DiffusionPipeline.from_pretrained` as they are.
     """
@@ -63,6 +65,12 @@ def load(
         device = usable_device(device)
 
     folder = _folder(model)
+    if folder is not None and (base := _base_of(folder)) is not None:
+        from attnctl.concepts import read_learnt
+
+        pipe = load(base, device=device, **options)
+        read_learnt(folder).add_to(pipe)
+        return pipe
     if folder is not None:
         check_folder(folder)
         options["local_files_only"] = True
@@ -74,6 +82,30 @@ def load(
         except Exception as error:  # what a hub client or a weight loader raises is not a closed set
             raise ModelError(_why(model, folder, error)) from error
     return pipe if device is None else pipe.to(device)
+
+
+def usual(model: str | Path) -> dict[str, Any]:
+    """Settings that suit a model better than its pipeline's defaults; of concepts, those of the model that learnt."""
+    name = str(model)
+    if name in USUAL or not Path(name).is_dir():
+        return USUAL.get(name, {})
+    base = _base_of(Path(name))
+    return {} if base is None or base == name else usual(base)
+
+
+def _base_of(folder: Path) -> str | None:
+    """The model that the concepts of a folder were learnt by; None if it holds none. Without torch where it can be."""
+    if not (folder / "concepts.json").is_file():
+        return None
+    from attnctl.concepts import base_of
+
+    return base_of(folder)
+
+
+def written(model: str | Path) -> str:
+    """A model's name as it is good from any folder."""
+    folder = _folder(model)
+    return str(model) if folder is None or str(model) in embedded() else str(folder.resolve())
 
 
 def load_autoencoder(folder: Path) -> "AutoencoderKL":

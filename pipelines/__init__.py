@@ -4,5 +4,6 @@ One file per recipe. A recipe may use `attnctl` and `attnctl.processors`; nothin
 """
 
 from .astar import AStarPipeline
+from .personalizer import Personalizer
 
-__all__ = ["AStarPipeline"]
+__all__ = ["AStarPipeline", "Personalizer"]

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from attnctl.areas import shares
-from attnctl.engine.control import AttentionCall, Control, Lane, Proceed, check_window
+from attnctl.engine.control import AttentionCall, Control, Lane, Proceed, check_window, check_window_in_run
 from attnctl.engine.run import Run, Step
 from attnctl.engine.sites import Selection, Site, select
 from attnctl.errors import ControlError, NoSiteError, PhraseError, short
@@ -232,6 +232,8 @@ class Couple(Control):
         return chosen
 
     def begin(self, run: Run) -> Coupled:
+        if min(self.bases) < 1:
+            check_window_in_run(self.window, run)
         negatives = dict(self.negatives)
         texts = list(dict.fromkeys([*(prompt for prompt, _ in self.masks), *negatives.values()]))
         rows = dict(zip(texts, encoded(run, texts), strict=True))

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from attnctl.areas import on_grid
-from attnctl.engine.control import AttentionCall, Control, Lane, Proceed, check_window
+from attnctl.engine.control import AttentionCall, Control, Lane, Proceed, check_window, check_window_in_run
 from attnctl.engine.run import Run, Step
 from attnctl.engine.sites import Selection, Site, select, with_text
 from attnctl.errors import ControlError, PhraseError
@@ -175,6 +175,8 @@ class Regions(Control):
         return with_text(available, self.where)
 
     def begin(self, run: Run) -> Placed:
+        if self.strength or self.inside:
+            check_window_in_run(self.window, run)
         return placed_phrases(run, self.masks)
 
     def inputs(self, step: Step) -> Mapping[str, Any]:

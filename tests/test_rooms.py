@@ -15,6 +15,8 @@ ROOMS = (  # from the bottom; a room may import those before it, and itself
     "errors",
     "files",
     "sheets",
+    "concepts",
+    "concepts",
     "loading",
     "engine",
     "words",

@@ -26,8 +26,9 @@ from attnctl.app.asked import (
     without_files,
 )
 from attnctl.app.batch.command import batch
-from attnctl.app.command import UsageError, check_writable, plain, run, tell
+from attnctl.app.command import DEVICE_HELP, MODEL_HELP, UsageError, check_writable, plain, run, tell
 from attnctl.app.limits import LARGEST, STEPS, THREADS
+from attnctl.app.personalize_command import personalize
 from attnctl.errors import short
 
 if TYPE_CHECKING:
@@ -48,12 +49,11 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-MODEL_HELP = "An embedded model, a folder written by save_pretrained, or a hub id."
-DEVICE_HELP = "cpu, cuda, cuda:1, ...; default: cuda if there is one, else cpu."
 DTYPE_HELP = "float32, float16 or bfloat16."
 
 
 app.command(no_args_is_help=True)(batch)
+app.command(no_args_is_help=True)(personalize)
 
 
 def main() -> None:

@@ -11,6 +11,9 @@ import typer
 
 from attnctl.errors import AttnctlError, AttnctlWarning
 
+MODEL_HELP = "An embedded model, a folder written by save_pretrained or by attnctl personalize, or a hub id."
+DEVICE_HELP = "cpu, cuda, cuda:1, ...; default: cuda if there is one, else cpu."
+
 
 class UsageError(AttnctlError):
     """An option that makes no sense, alone or with the others."""

@@ -12,7 +12,8 @@ from PIL import Image
 from attnctl.app.region_text import outlined
 from attnctl.errors import AttnctlError, PhraseError, UnsupportedPipelineError, short
 from attnctl.sheets import Cell, grid
-from attnctl.words.phrases import positions, streams, words
+from attnctl.words.phrases import positions, streams
+from attnctl.words.spelling import words
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -73,6 +74,7 @@ def shown_words(pipe: "DiffusionPipeline", prompt: str) -> tuple[tuple[str, ...]
         family=family,
         texts={},
         prompts=(prompt,),
+        text_rows=None,
         max_sequence_length=None if default is None else default.default,
     )
     text, seen, unseen = streams(run, 0), list[str](), list[str]()

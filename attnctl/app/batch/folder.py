@@ -15,7 +15,8 @@ from PIL import Image
 
 from attnctl.app.command import UsageError
 
-FAILURES, LOCK, MANIFEST, SCORES = "failures.jsonl", ".batch.lock", "manifest.jsonl", "scores.jsonl"
+FAILURES, LOCK = "failures.jsonl", ".batch.lock"
+MANIFEST, SCORES, SUMMARY = "manifest.jsonl", "scores.jsonl", "summary.md"
 
 PICTURE = re.compile(r".*-([0-9a-f]{12})\.png")
 """The name of a batch's picture; its key."""

@@ -17,7 +17,7 @@ from typing import Any
 from attnctl.app.asked import control_of, slug
 from attnctl.app.batch.folder import failures
 from attnctl.app.batch.jobs import Job, Placed
-from attnctl.loading import USUAL
+from attnctl.loading import usual
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ def _grouped(tasks: dict[str, Task], most: int | None) -> list[list[Task]]:
 
 def usual_group(model: str) -> int:
     """How many pictures of a model are drawn together, unless somebody says it."""
-    return int(USUAL.get(model, {}).get("group", 1))
+    return int(usual(model).get("group", 1))
 
 
 def _kind(job: Job, speaks: Any) -> Hashable:

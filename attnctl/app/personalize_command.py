@@ -1,0 +1,189 @@
+"""attnctl personalize: learn new things from one picture, write their files, and draw with them."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from attnctl.app.command import DEVICE_HELP, MODEL_HELP, UsageError, check_writable, plain, tell
+from attnctl.errors import instead, short
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from rich.progress import Progress as Bars
+
+    from attnctl.concepts import Learnt
+    from attnctl.pipelines.personalize.trainer import Progress
+
+SAMPLES = 4  # pictures of each prompt on the sheet
+
+
+def personalize(
+    picture: Annotated[Path, typer.Argument(help="One picture with all the things in it.", show_default=False)],
+    concepts: Annotated[
+        str,
+        typer.Option(
+            help="The things by their class nouns, with commas: 'cat, car'. Their words are <v1>, <v2>, ..., or your "
+            "own: '<rex>=dog, <kit>=cat'.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the files; made if need be.")] = Path("concepts"),
+    model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)] = "glyph-sd",
+    preset: Annotated[
+        str | None,
+        typer.Option(help="ours (found on glyph-sd) or paper (DisenDiff's); default: paper but for embedded models."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting, as name=value; may be given several times.")
+    ] = None,
+    sample: Annotated[str | None, typer.Option(help="One more prompt to draw at the end.")] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the processor; default: as for generate.")] = None,
+) -> None:
+    """Learn several new things from one picture without mixing them, and draw with them (DisenDiff).
+
+    - attnctl personalize mine.png --concepts 'cat, car' --out mine
+    - attnctl personalize mine.png --concepts '<rex>=dog, <kit>=cat' --model ./my-sd15 --set steps=300
+
+    Writes a LoRA and an embedding for each word, which stock diffusers loads, and a sheet of samples.
+    """
+    from attnctl import loading
+    from attnctl.app.asked import open_model
+    from attnctl.app.bars import bars, paused
+    from attnctl.app.recipe import open_picture
+    from attnctl.pipelines.personalize.concepts import read_concepts
+    from attnctl.pipelines.personalize.settings import settings_of
+
+    small = model in loading.embedded()
+    chosen = preset or ("ours" if small else "paper")
+    asked = settings_in(set_ or [])
+    settings_of(chosen, **asked)  # a wrong one fails before anything is loaded
+    read_concepts(concepts)
+    source = open_picture(picture)
+    check_writable(out)
+
+    from attnctl.pipelines.personalizer import Personalizer
+
+    with bars() as bar:
+        pipe = open_model(model, device, "float32", bar, 2 if threads is None and small else threads)
+        personalizer = Personalizer(pipe, concepts, chosen, **asked)
+        shown = Shown(bar)
+        learnt = personalizer.learn(source, shown.step, shown.stage)
+        folder = replace(learnt, base=loading.written(model)).save(out)
+        with paused(bar):
+            for line in shown.warnings(learnt):
+                tell(line)
+        sheet = sample_sheet(pipe, learnt, sample, source, personalizer.side, loading.usual(model), bar)
+        path = folder / "sample.png"
+        sheet.save(path)
+        with paused(bar):
+            print(shown.summary(), *(plain(folder / name) for name in learnt.files), plain(path), sep="\n", flush=True)
+
+
+def settings_in(changes: list[str]) -> dict[str, Any]:
+    """The settings of `--set name=value`; values are numbers, true, false, none or words."""
+    from attnctl.pipelines.personalize.settings import Settings
+
+    known, found = [one.name for one in fields(Settings)], dict[str, Any]()
+    for change in changes:
+        name, equals, value = (part.strip() for part in change.partition("="))
+        if not equals or not value:
+            raise UsageError(f"--set {short(change)}: write it as name=value, such as steps=100")
+        if name not in known:
+            raise UsageError(f"--set {short(change)}: there is no setting {name!r}; {instead(name, known)}")
+        found[name] = _value(value)
+    return found
+
+
+def _value(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+class Shown:
+    """The bars of a training, and what it came to."""
+
+    def __init__(self, bar: Bars) -> None:
+        self.bar, self.latest = bar, None
+        self.task: Any = None
+        self.label = ""
+
+    latest: Progress | None
+
+    def stage(self, name: str, done: int, total: int) -> None:
+        """Something is being prepared."""
+        self._at(name, done, total)
+
+    def step(self, progress: Progress) -> None:
+        """A step is done."""
+        self.latest = progress
+        told = "  ".join(f"{name} {value:.3f}" for name, value in progress.losses.items())
+        self._at("training", progress.step, progress.steps, f"training  {told}")
+
+    def _at(self, label: str, done: int, total: int, text: str | None = None) -> None:
+        if label != self.label:
+            if self.task is not None:
+                self.bar.remove_task(self.task)
+            self.task, self.label = self.bar.add_task(label, total=total), label
+        self.bar.update(self.task, completed=done, description=text or label)
+
+    def summary(self) -> str:
+        """The losses of the last step, one line."""
+        if self.latest is None:
+            return "nothing was left to train"
+        told = ", ".join(f"{name} {value:.3f}" for name, value in self.latest.losses.items())
+        return f"{self.latest.step} steps; in the last one: {told}"
+
+    def warnings(self, learnt: Learnt) -> list[str]:
+        """What went wrong in the maps, one line each."""
+        if self.latest is None:
+            return []
+        return [
+            f"the map of {concept.noun!r} covers the background ({spread:.0%} of the picture): "
+            "lower the weights of the calibration, such as --set separate=0.0002"
+            for concept, spread in zip(learnt.concepts, self.latest.coverage, strict=True)
+            if spread > FLOODED
+        ]
+
+
+FLOODED = 0.5  # mean of a noun's min-max map; that of a thing is about the share of the picture it fills
+
+
+def sample_sheet(
+    pipe: Any, learnt: Learnt, sample: str | None, source: Image.Image, side: int, usual: dict[str, Any], bar: Bars
+) -> Image.Image:
+    """Rows of pictures: the one that was given, each concept alone, all together, and a prompt of the caller's."""
+    import torch
+
+    from attnctl.sheets import grid
+
+    phrases = [one.phrase for one in learnt.concepts]
+    prompts = [f"a {phrase}" for phrase in phrases]
+    if len(phrases) > 1:
+        prompts.append(" and ".join(prompts))
+    prompts += [sample] if sample else []
+    small = source.convert("RGB")
+    small.thumbnail((side, side))
+    rows: list[Any] = [[("the picture", small)]]
+    task = bar.add_task("samples", total=len(prompts))
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": usual.get("steps"), "guidance_scale": usual.get("guidance")}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    for prompt in prompts:
+        dice = [torch.Generator("cpu").manual_seed(k) for k in range(SAMPLES)]
+        found = pipe([prompt] * SAMPLES, generator=dice, **settings).images
+        rows.append([(prompt if k == 0 else "", one) for k, one in enumerate(found)])
+        bar.advance(task)
+    bar.remove_task(task)
+    pipe.set_progress_bar_config(disable=False)
+    return grid(rows, points=max(10, min(side // 11, 24)))

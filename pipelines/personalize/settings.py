@@ -1,0 +1,127 @@
+"""Settings of a personalisation, and the two presets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from attnctl.errors import ControlError, instead
+from attnctl.processors.calibration import Calibration
+
+Trained = Literal["full", "lora"]
+Start = Literal["noun", "rare"]
+Views = Literal["ours", "paper", "none"]
+CHOICES = {"trained": ("full", "lora"), "start": ("noun", "rare"), "views": ("ours", "paper", "none")}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How concepts are learnt.
+
+    Args:
+        steps: of the optimiser.
+        rows: views of the picture in each step.
+        regular_rows: pictures of the class nouns in each step, drawn by the model before training (prior preservation).
+        regular: how many such pictures are drawn.
+        regular_weight: of their loss, against that of the views.
+        kv_rate, word_rate: learning rates of keys and values, and of the new words.
+        decay: weight decay of keys and values; the words have none.
+        trained: "full" tunes the key and value projections of cross-attention themselves, "lora" adapters on them.
+        rank: of the adapters; None is 16 for "lora", and for "full" whatever keeps the files exact.
+        start: the new words begin as their "noun", or as "rare" pieces of the vocabulary.
+        bind, separate, power, smooth, detach, pairs: see `attnctl.processors.calibration.Calibration`.
+        factor: latent cells per cell of the maps that are calibrated; None is what comes nearest to 16 x 16.
+        snr: min-SNR weight of the denoising loss (5 is usual); None is none.
+        views: "ours" enlarges, shrinks, moves and mirrors the picture, its rim repeated outwards; "paper" is what
+            Custom Diffusion does, with grey around small pictures and words about the size; "none" leaves it.
+        view_count: how many views are made.
+        lead, article: captions are lead + article + "<v1> cat" + " and " + article + "<v2> car".
+        seed: of everything random.
+
+    Raises:
+        ControlError: a setting is out of its range.
+    """
+
+    steps: int = 200
+    rows: int = 4
+    regular_rows: int = 1
+    regular: int = 24
+    regular_weight: float = 1.0
+    kv_rate: float = 2e-3
+    word_rate: float = 1e-2
+    decay: float = 0.01
+    trained: Trained = "full"
+    rank: int | None = None
+    start: Start = "noun"
+    bind: float = 0.003
+    separate: float = 0.0005
+    power: int = 2
+    smooth: bool = True
+    detach: bool = True
+    pairs: Literal["mean", "sum"] = "mean"
+    factor: int | None = None
+    snr: float | None = 5.0
+    views: Views = "ours"
+    view_count: int = 48
+    lead: str = ""
+    article: str = "a "
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "rows", "view_count"):
+            self._whole(name, 1)
+        for name in ("regular_rows", "regular", "seed"):
+            self._whole(name, 0)
+        for name in ("rank", "factor"):
+            if getattr(self, name) is not None:
+                self._whole(name, 1)
+        for name in ("regular_weight", "kv_rate", "word_rate", "decay", "snr"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+                raise ControlError(f"{name} is a number from 0 up, not {value!r}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ControlError(f"{name} is one of {', '.join(choices)}; not {getattr(self, name)!r}")
+        if self.regular_rows and not self.regular:
+            raise ControlError("regular_rows needs regular pictures; set regular as well, or regular_rows to 0")
+        self.calibration  # noqa: B018  # checks its own
+
+    def _whole(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ControlError(f"{name} is a whole number from {least} up, not {value!r}")
+
+    @property
+    def calibration(self) -> Calibration:
+        """The losses on maps."""
+        return Calibration(self.bind, self.separate, self.power, self.smooth, self.detach, self.pairs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+PAPER = Settings(
+    steps=250, rows=4, regular_rows=4, regular=200, kv_rate=8e-5, word_rate=8e-5, start="rare",
+    bind=0.01, separate=0.01, snr=None, views="paper", view_count=200, lead="photo of a ", article="", seed=1,
+)  # fmt: skip
+"""DisenDiff's settings (specification of the paper and its code): effective batch 8, half of it regular pictures."""
+
+PRESETS = {"ours": Settings(), "paper": PAPER}
+"""`ours` was found on glyph-sd; its learning rates are far too high for SD 1.5, for which there is `paper`."""
+
+
+def settings_of(preset: str = "ours", **changes: Any) -> Settings:
+    """A preset with changes.
+
+    Raises:
+        ControlError: there is no such preset or setting, or one is out of its range.
+    """
+    if preset not in PRESETS:
+        raise ControlError(f"there is no preset {preset!r}; {instead(preset, PRESETS)}")
+    known = [one.name for one in fields(Settings)]
+    for name in changes:
+        if name not in known:
+            raise ControlError(f"there is no setting {name!r}; {instead(name, known)}")
+    return replace(PRESETS[preset], **changes)
