@@ -5,6 +5,7 @@ had is handed out again. Needs the extra `cluster` here and on every machine of 
 """
 
 import json
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -74,6 +75,7 @@ def results(groups: Iterable[Group], how: How, address: str, stopped: Callable[[
         import ray
     except ModuleNotFoundError:
         raise UsageError('--ray needs Ray: pip install "attnctl[cluster]" (in a checkout: ".[cluster]")') from None
+    _check_answer(address)
     root = str(Path(__file__).parents[3])  # the package that runs here, where actors find the same path
     own = not ray.is_initialized()
     if own:
@@ -88,6 +90,18 @@ def results(groups: Iterable[Group], how: How, address: str, stopped: Callable[[
     finally:
         if own:
             ray.shutdown()
+
+
+def _check_answer(address: str) -> None:
+    """Raise unless somebody answers there; Ray itself would ask for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        with socket.create_connection((host, int(port)), 10):
+            pass
+    except (OSError, OverflowError) as error:
+        raise UsageError(f"--ray {short(address)}: nobody answers there: {error}") from None
 
 
 class _Cluster:
