@@ -77,14 +77,17 @@ class Placed:
 
     regions: tuple[Region, ...]
     tokens: list[list[list[int]]]  # image, phrase, text rows; empty where the image's prompt has no such phrase
-    picture: tuple[int, int]
+    picture: tuple[int, int]  # (height, width) of the whole picture, in pixels
+    view: tuple[float, float, float, float]  # what is drawn of it
     grids: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     made: dict[str, Tensor | RowGroups] = field(default_factory=dict)  # biases and row groups, by what they depend on
 
     def masks(self, grid: tuple[int, int], chosen: Sequence[int]) -> Tensor:
         """(regions, cells) bool."""
         if grid not in self.grids:
-            self.grids[grid] = torch.stack([on_grid(region, grid, self.picture).flatten() for region in self.regions])
+            self.grids[grid] = torch.stack(
+                [on_grid(region, grid, self.picture, self.view).flatten() for region in self.regions]
+            )
         return self.grids[grid][list(chosen)]
 
 
@@ -109,7 +112,7 @@ def placed_phrases(run: Run, masks: Masks) -> Placed:
     for number, (phrase, _) in enumerate(masks):
         if not any(image[number] for image in found):
             raise trouble[phrase]
-    return Placed(tuple(region for _, region in masks), found, run.picture)
+    return Placed(tuple(region for _, region in masks), found, run.whole, run.view)
 
 
 def open_in(step: Step, window: tuple[float, float]) -> bool:
@@ -255,7 +258,7 @@ class Isolation(Control):
         return select(available, ("self", "joint") if self.where is None else self.where)
 
     def begin(self, run: Run) -> Placed:
-        return Placed(tuple(region for _, region in self.masks), [], run.picture)
+        return Placed(tuple(region for _, region in self.masks), [], run.whole, run.view)
 
     def attend(self, call: AttentionCall, proceed: Proceed) -> Tensor:
         if not self.window[0] <= call.step.fraction < self.window[1] or call.site.kind not in ("self", "joint"):
