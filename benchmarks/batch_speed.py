@@ -31,8 +31,8 @@ from attnctl.app.batch.worker import Worker
 from attnctl.glyph.words import benchmark
 
 SIZES = (1, 2, 4, 8)
-CONTROLS = ("none", "segregation", "perturb(heads=6 7)")
-PROMPTS, SEEDS, STEPS = 2, 8, 10
+CONTROLS = ("none", "segregation")
+PROMPTS, SEEDS, STEPS = 1, 16, 10
 
 
 def planning(repeats: int, folder: Path) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def measure(repeats: int, bar: Progress) -> dict[str, Any]:
 def show(found: dict[str, Any], console: Console) -> None:
     planned = found["planning"]
     console.print(f"{planned['jobs']} jobs planned in {planned['seconds']:.1f} s, {planned['MiB']:.0f} MiB at most")
-    title = f"glyph-sd, {STEPS} steps, {PROMPTS} prompts with {SEEDS} seeds, written and judged"
+    title = f"glyph-sd, {STEPS} steps, {PROMPTS} prompt with {SEEDS} seeds, written and judged"
     table = Table("control", "together", "s / picture", "less work", "of the time in the model", title=title)
     for row in found["groups"]:
         cells = (f"{row['seconds']:.3f}", f"{row['gain']:.2f}", f"{row['model']:.1%}")

@@ -51,6 +51,9 @@ def batch(
             "--device", "--devices", help="cpu, cuda, cuda:1, ...; several, as in cuda:0,cuda:1, draw side by side."
         ),
     ] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Draw on the Ray cluster at this address; auto: the one of this machine.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     threads: Annotated[int | None, typer.Option(help="Threads of the processor; default: as for generate.")] = None,
 ) -> None:
@@ -95,7 +98,7 @@ def batch(
     if dry_run:
         print(_told(what))
         return
-    _draw(what, How(device, dtype, threads, scores))
+    _draw(what, How(device, dtype, threads, scores, ray))
 
 
 def _read(file: Path, overrides: list[str]) -> "list[Placed]":

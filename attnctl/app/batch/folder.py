@@ -28,7 +28,10 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write a file that appears whole or not at all."""
     part = path.parent / f".{secrets.token_hex(8)}.part"
     try:
-        part.write_bytes(content)
+        with part.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may leave the name without the content
         os.replace(part, path)
     except BaseException:
         with suppress(OSError):

@@ -15,6 +15,7 @@ class How:
     dtype: str = "float32"
     threads: int | None = None
     scores: tuple[str, ...] = ()
+    ray: str | None = None
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ def run(
     threads: int | None = None,
     group: int | None = None,
     scores: Iterable[str] = (),
+    ray: str | None = None,
     retry_failed: bool = False,
     bar: "Progress | None" = None,
 ) -> Iterator[Result]:
@@ -55,6 +56,7 @@ def run(
         threads: of the processor, for each device; default: 1 for an embedded model, else torch's own number.
         group: how many pictures are drawn together at most; default: what suits the model.
         scores: of each picture, "judge" or "clip:FOLDER", see `attnctl.app.batch.scores`.
+        ray: draw on the Ray cluster at this address ("auto": the one of this machine) instead of here.
         retry_failed: draw only those that failed before.
         bar: shows how far the batch is.
 
@@ -71,7 +73,7 @@ def run(
         placed = check_jobs((f"job {number}", row) for number, row in enumerate(rows, 1))
     check_writable(out)
     what = Share.of().part_of(plan(placed, out, dtype, retry_failed, group))
-    return draw(what, How(device, dtype, threads, scores), bar)
+    return draw(what, How(device, dtype, threads, scores, ray), bar)
 
 
 def draw(
@@ -100,7 +102,9 @@ def draw(
         total = bar.add_task(LABEL, total=len(what.missing))
         for name in how.scores:
             score_of(name)  # whatever it is missing, is missing before the first picture
-        for result in _drawn(what, replace(how, device=how.device or share.device()), bar, stopped):
+        if how.ray is None and how.device is None:
+            how = replace(how, device=share.device())
+        for result in _drawn(what, how, bar, stopped):
             news |= result.drawn
             bar.advance(total)
             yield result
@@ -111,6 +115,11 @@ def draw(
 
 
 def _drawn(what: Plan, how: How, bar: "Progress", stopped: Callable[[], bool]) -> Iterator[Result]:
+    if how.ray is not None:
+        from attnctl.app.batch import cluster
+
+        yield from cluster.results(what.to_draw, how, how.ray, stopped)
+        return
     devices = [name.strip() for name in (how.device or "").split(",")]
     if len(devices) > 1:
         from attnctl.app.batch import processes
@@ -149,15 +158,15 @@ def results(groups: Iterable[Group], worker: Worker, scores: tuple[str, ...] = (
 
 def _written(one: Drawn, scores: tuple[str, ...]) -> Result:
     """Write the files of a task and note its scores, or its failure."""
-    task = one.task
-    if one.error is not None:
-        note_failure(task.path.parent, task.key, one.error, task.place, task.job.model_dump(mode="json"))
-        return failed(task, one.error)
-    for path, write in one.files.items():
-        try:
+    task, path = one.task, one.task.path
+    try:
+        if one.error is not None:
+            note_failure(path.parent, task.key, one.error, task.place, task.job.model_dump(mode="json"))
+            return failed(task, one.error)
+        for path, write in one.files.items():
             write(path)
-        except OSError as error:
-            raise UsageError(f"cannot write {path}: {error.strerror or error}; the same command goes on") from error
-    if one.picture is not None:
-        note_scores(task.path.parent, task.key, one.picture, task.job.prompt, scores)
+        if one.picture is not None:
+            note_scores(path.parent, task.key, one.picture, task.job.prompt, scores)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}; the same command goes on") from error
     return drawn(task)
