@@ -22,6 +22,7 @@ from attnctl.app.asked import (
 )
 from attnctl.app.batch.command import batch
 from attnctl.app.command import DEVICE_HELP, MODEL_HELP, UsageError, check_writable, plain, run, tell
+from attnctl.app.compose_command import compose
 from attnctl.app.concepts_command import app as concepts_app
 from attnctl.app.personalize_command import personalize
 from attnctl.app.request import checked, control_texts, judged, left_alone, mapped_words, size_of
@@ -47,6 +48,7 @@ DTYPE_HELP = "float32, float16 or bfloat16."
 
 
 app.command(no_args_is_help=True)(batch)
+app.command(no_args_is_help=True)(compose)
 app.command(no_args_is_help=True)(personalize)
 app.add_typer(concepts_app, name="concepts")
 
