@@ -268,7 +268,7 @@ class ObjectWords(Regions):
             if both := set(inside) & set(outside):
                 raise PhraseError(f"words of the object and of the background share {len(both)} tokens")
             found.append([[]] * (2 * image) + [inside, outside] + [[]] * (2 * (run.images - image - 1)))
-        return Pooled((), found, run.picture, cells=self.objects)
+        return Pooled((), found, run.whole, run.view, cells=self.objects)
 
     def attend(self, call: AttentionCall, proceed: Proceed) -> Tensor:
         if call.step.pass_name == COMPOSITE:
