@@ -42,9 +42,8 @@ def test_own_passes_go_around_step_caches(cache):
 @pytest.mark.parametrize("family", ["sd1", "flux"])
 def test_double_precision(family):
     pipe = tiny.FAMILIES[family]().to(torch.float64)
-    with attach(
-        pipe, AStar("cat", "dog", bonds=(("and", "cat"),), look_ahead=0), Regions({"cat": (0, 0, 0.5, 1)}), TokenMaps()
-    ) as run:
+    astar = AStar("cat", "dog", bonds=(("and", "cat"),), look_ahead=0)
+    with attach(pipe, astar, Regions({"cat": (0, 0, 0.5, 1)}), TokenMaps()) as run:
         drawn = tiny.draw(pipe)
     assert drawn.isfinite().all() and float(run.maps["cat"].mean()) > 0
 
