@@ -13,7 +13,6 @@ from logging import LogRecord, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnctl.concepts import base_of, read_learnt
 from attnctl.errors import AttnctlError
 
 if TYPE_CHECKING:
@@ -66,7 +65,9 @@ def load(
         device = usable_device(device)
 
     folder = _folder(model)
-    if folder is not None and (base := base_of(folder)) is not None:
+    if folder is not None and (base := _base_of(folder)) is not None:
+        from attnctl.concepts import read_learnt
+
         pipe = load(base, device=device, **options)
         read_learnt(folder).add_to(pipe)
         return pipe
@@ -88,8 +89,17 @@ def usual(model: str | Path) -> dict[str, Any]:
     name = str(model)
     if name in USUAL or not Path(name).is_dir():
         return USUAL.get(name, {})
-    base = base_of(name)
+    base = _base_of(Path(name))
     return {} if base is None or base == name else usual(base)
+
+
+def _base_of(folder: Path) -> str | None:
+    """The model that the concepts of a folder were learnt by; None if it holds none. Without torch where it can be."""
+    if not (folder / "concepts.json").is_file():
+        return None
+    from attnctl.concepts import base_of
+
+    return base_of(folder)
 
 
 def written(model: str | Path) -> str:

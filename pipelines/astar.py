@@ -23,7 +23,7 @@ from attnctl.loading import load
 from attnctl.maps.recorder import TokenMaps
 from attnctl.processors.astar import AStar
 from attnctl.processors.binding import bonds_of
-from attnctl.words.phrases import occurrences
+from attnctl.words.spelling import occurrences
 from attnctl.words.subjects import read_subjects
 
 Bonds = tuple[tuple[str, str], ...]  # (modifier, noun)

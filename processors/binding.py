@@ -22,7 +22,8 @@ from attnctl.errors import ControlError
 from attnctl.processors.latents.descent import MapDescent, phrases_first
 from attnctl.processors.latents.loss_terms import Loss, View
 from attnctl.processors.latents.map_gradient import PhraseTokens
-from attnctl.words.phrases import NUMBERED, TextStream, text_rows
+from attnctl.words.phrases import TextStream, text_rows
+from attnctl.words.spelling import NUMBERED
 
 Bond = str | tuple[str, str]
 Pairs = Sequence[tuple[int, int]]

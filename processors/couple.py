@@ -29,13 +29,14 @@ import torch
 from torch import Tensor
 
 from attnctl.areas import shares
-from attnctl.engine.control import AttentionCall, Control, Lane, Proceed, check_window
+from attnctl.engine.control import AttentionCall, Control, Lane, Proceed, check_window, check_window_in_run
 from attnctl.engine.run import Run, Step
 from attnctl.engine.sites import Selection, Site, select
 from attnctl.errors import ControlError, NoSiteError, PhraseError, short
 from attnctl.regions import Region
 from attnctl.words.phrases import TextStream, layout
 
+from .regions import check_neighbours
 from .row_groups import Group, Part, RowGroups, alike, joined
 
 # --- maths ------------------------------------------------------------------------------------------------------------
@@ -155,7 +156,8 @@ class Coupled:
 
     prompts: list[Tensor]  # the rows of each region's prompt, (rows, channels)
     negatives: list[Tensor | None]  # and of its negative prompt, if it has one
-    picture: tuple[int, int]
+    picture: tuple[int, int]  # (height, width) of the whole picture, in pixels
+    view: tuple[float, float, float, float]  # what is drawn of it
     base: int = 0  # rows of the base prompt
     groups: dict[Any, RowGroups] = field(default_factory=dict)
 
@@ -230,14 +232,17 @@ class Couple(Control):
         return chosen
 
     def begin(self, run: Run) -> Coupled:
+        if min(self.bases) < 1:
+            check_window_in_run(self.window, run)
         negatives = dict(self.negatives)
         texts = list(dict.fromkeys([*(prompt for prompt, _ in self.masks), *negatives.values()]))
         rows = dict(zip(texts, encoded(run, texts), strict=True))
         prompts = [prompt for prompt, _ in self.masks]
         against = [rows[negatives[one]] if one in negatives else None for one in prompts]
-        return Coupled([rows[one] for one in prompts], against, run.picture)
+        return Coupled([rows[one] for one in prompts], against, run.whole, run.view)
 
     def inputs(self, step: Step) -> Mapping[str, Any]:
+        check_neighbours(step)
         state: Coupled = step.run.state(self)
         text = step.arguments.get("encoder_hidden_states")
         if not self._acts(step) or not isinstance(text, Tensor):
@@ -283,7 +288,7 @@ class Couple(Control):
 
     def _groups(self, call: AttentionCall, state: Coupled, chosen: bool) -> RowGroups:
         size = call.q.shape[2] if call.site.kind == "joint" else None
-        part = shares([region for _, region in self.masks], call.grid, state.picture, self.feather)
+        part = shares([region for _, region in self.masks], call.grid, state.picture, self.feather, state.view)
         if not chosen:
             part = torch.cat([torch.ones_like(part[:1]), torch.zeros_like(part[1:])])
         part = mixed(part, self.bases)

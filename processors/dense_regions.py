@@ -25,7 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attnctl.engine.control import AttentionCall, Control, Lane, Proceed, check_window
+from attnctl.engine.control import AttentionCall, Control, Lane, Proceed, check_window, check_window_in_run
 from attnctl.engine.run import Run
 from attnctl.engine.sites import Selection, Site, select
 from attnctl.errors import ControlError
@@ -118,6 +118,8 @@ class DenseRegions(Control):
         return select(available, ("cross", "joint", "self") if self.where is None else self.where)
 
     def begin(self, run: Run) -> Placed:
+        if self.strength or self.self_strength:
+            check_window_in_run(self.window, run)
         return placed_phrases(run, self.masks)
 
     def attend(self, call: AttentionCall, proceed: Proceed) -> Tensor:

@@ -42,7 +42,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from attnctl.engine.control import AttentionCall, Control, Lane, Proceed, check_window
+from attnctl.engine.control import AttentionCall, Control, Lane, Proceed, check_window, check_window_in_run
 from attnctl.engine.families.registry import discover
 from attnctl.engine.heads import Heads, pick_heads, write_heads
 from attnctl.engine.run import Run, Step
@@ -202,13 +202,9 @@ class Perturb(Control):
                 raise ControlError(
                     f"{count} {name} do not fit {run.images} images; draw as many together, as pipe([prompt] * {count})"
                 )
-        left = [min((run.start + i) / run.schedule, 1.0) for i in range(run.steps)] if run.schedule else []
-        if self.scale and left and not any(self.window[0] <= at < self.window[1] for at in left):
-            raise ControlError(
-                f"window {self.window} holds none of the {len(left)} steps of this run, which lie from {left[0]:.2f} "
-                f"to {left[-1]:.2f} of the schedule"
-            )
-        if self.scale and left and not any(self._weights(run)):
+        if self.scale:
+            check_window_in_run(self.window, run)
+        if self.scale and run.fractions and not any(self._weights(run)):
             raise ControlError(
                 f"adaptive={self.adaptive:g} brings scale={self.scale:g} down to 0 at every step; choose a smaller one"
             )

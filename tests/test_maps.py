@@ -300,8 +300,10 @@ def test_words_that_are_not_there(tokenizer):
         maps["dog"]
     with pytest.raises(PhraseError, match="'bird' is not in the prompt"):
         maps["bird"]
+    empty = Maps(texts(tokenizer, ""), None, ())
+    assert empty.words == ()
     with pytest.raises(PhraseError, match="no words"):
-        Maps(texts(tokenizer, ""), None, ())
+        empty["cat"]
     long = Maps(texts(tokenizer, "cat " * 80), None, ())
     assert long.words[-1] == "cat#75"
     q, k = tensors(1, 2, 15, 40, dtype=torch.float32)

@@ -1,11 +1,17 @@
 import string
+import unicodedata
 from types import SimpleNamespace
 
 import pytest
+import tiny
+import torch
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from attnctl.errors import PhraseError
-from attnctl.words.phrases import TextStream, find, layout, positions, streams, text_rows, words
+from attnctl import attach
+from attnctl.errors import ControlError, PhraseError
+from attnctl.processors import TokenMaps
+from attnctl.words.phrases import TextStream, find, layout, positions, streams, text_rows
+from attnctl.words.spelling import occurrences, words
 
 
 @pytest.fixture(scope="module")
@@ -176,20 +182,95 @@ def test_several_tokenizers(clip, t5):
     with pytest.raises(PhraseError, match="CLIPTokenizer keeps the first 77"):
         positions(cut[:1], "dog")
     twice = (TextStream(clip, "a cat"), TextStream(clip, "red cat"))  # SDXL: two texts on the same rows
-    assert positions(twice, "cat") == [2] and positions(twice, "red") == [1]
+    assert positions(twice, "cat") == [2]
+    with pytest.raises(
+        PhraseError, match="'red' shares text row 1 with another word: one encoder reads 'red cat', anoth"
+    ):
+        positions(twice, "red")
+    assert positions((TextStream(clip, "a cat"), TextStream(clip, "a cat and a dog")), "dog") == [7]  # beside padding
     with pytest.raises(PhraseError, match="no tokenizer"):
         positions((), "cat")
 
 
 def test_streams_of_a_run(clip, t5):
     record = SimpleNamespace(
+        reads=lambda pipe, prompt: prompt,
         streams=(
             SimpleNamespace(tokenizer="tokenizer", prompt="prompt", offset=0, rows=77),
             SimpleNamespace(tokenizer="tokenizer_2", prompt="prompt_2", offset=0, rows=77),
             SimpleNamespace(tokenizer="tokenizer_3", prompt="prompt_3", offset=77, rows="max_sequence_length"),
-        )
+        ),
     )
     pipe = SimpleNamespace(tokenizer=clip, tokenizer_2=None, tokenizer_3=t5)
     texts = {"prompt": ["a cat", "a dog"], "prompt_3": ["red", "red"]}
-    run = SimpleNamespace(family=record, pipe=pipe, texts=texts, prompts=texts["prompt"], max_sequence_length=32)
+    run = SimpleNamespace(
+        family=record, pipe=pipe, texts=texts, prompts=texts["prompt"], max_sequence_length=32, text_rows=None
+    )
     assert streams(run, 1) == (TextStream(clip, "a dog", 0, 77), TextStream(t5, "red", 77, 32))
+
+
+# --- spelling and special tokens --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", ["a caf\u00e9 and a dog", "a cafe\u0301 and a dog"], ids=["composed", "decomposed"])
+@pytest.mark.parametrize("phrase", ["caf\u00e9", "cafe\u0301"], ids=["composed", "decomposed"])
+def test_accents_are_found_however_they_are_written(prompt, phrase):
+    (span,) = occurrences(prompt, phrase)
+    assert unicodedata.normalize("NFC", prompt[slice(*span)]) == "caf\u00e9"
+    assert occurrences(prompt, "cafe") == []
+    assert [unicodedata.normalize("NFC", word) for word in words(prompt)][1] == "caf\u00e9"
+
+
+def test_words_of_scripts_without_spaces_are_found_inside_a_run():
+    assert occurrences("一只猫和一只狗", "猫") == [(2, 3)] and occurrences("一只猫和一只狗", "一只") == [(0, 2), (4, 6)]
+    assert occurrences("catalog", "cat") == []
+
+
+def test_start_and_end_tokens(clip, t5):
+    both = (TextStream(clip, "a cat"), TextStream(t5, "a cat", 77, 16))
+    assert positions(both, "<start>") == [0] and positions(both, "<end>") == [3, 79]
+    with pytest.raises(PhraseError, match="T5Tokenizer has no start token"):
+        positions(both[1:], "<start>")
+
+
+def test_long_embeddings_are_made_of_chunks(clip):
+    """As prompt tools make them: start, 75 tokens, end; and again."""
+    long = TextStream(clip, "cat " * 74 + "red dog and a cat", 0, 77, chunks=2)
+    assert positions((long,), "red") == [75] and positions((long,), "dog") == [77 + 1]
+    assert positions((long,), "cat")[-1] == 77 + 6 and positions((long,), "<start>") == [0, 77]
+    assert positions((long,), "<end>") == [76, 153] and text_rows((long,)) == [*range(1, 76), *range(78, 84)]
+
+
+def test_long_embeddings_in_a_pipeline():
+    pipe = tiny.sd1()
+    text = "cat " * 74 + "red dog and a cat"
+    parts = [pipe.encode_prompt(part, "cpu", 1, True) for part in ("cat " * 74 + "red", "dog and a cat")]
+    embeds, negative = (torch.cat([part[side] for part in parts], 1) for side in (0, 1))
+    with attach(pipe, TokenMaps("dog", "cat"), prompt=text) as run:
+        tiny.draw(pipe, None, prompt_embeds=embeds, negative_prompt_embeds=negative)
+    assert run.maps._rows[0] == [*range(1, 75), 78, 81] and float(run.maps["dog"].mean()) > 0
+
+
+@pytest.mark.parametrize("weighted", ["a (cat)1.5 and a dog", "a (cat:1.3)", "a cat++ and a dog", "a (red cat)-"])
+def test_weights_in_told_prompts_are_refused(weighted):
+    pipe = tiny.sd1()
+    positive, negative = pipe.encode_prompt(tiny.TEXT, "cpu", 1, True)
+    with attach(pipe, TokenMaps("cat"), prompt=weighted), pytest.raises(ControlError, match="has a weight, "):
+        tiny.draw(pipe, None, prompt_embeds=positive, negative_prompt_embeds=negative)
+
+
+def test_an_empty_prompt_draws_and_has_no_maps():
+    pipe = tiny.sd1()
+    plain = tiny.draw(pipe, "")
+    with attach(pipe, TokenMaps()) as run:
+        assert torch.equal(tiny.draw(pipe, ""), plain)
+    assert run.maps.words == ()
+
+
+def test_two_prompts_on_the_same_rows_are_refused_for_words_that_differ():
+    pipe = tiny.sdxl()
+    with attach(pipe, TokenMaps("cat")), pytest.raises(PhraseError, match="'cat' shares text row 2 with another word"):
+        tiny.draw(pipe, "a cat", prompt_2="a dog")
+    with attach(pipe, TokenMaps()) as run:
+        tiny.draw(pipe, "a cat", prompt_2="a dog")
+    assert run.maps.words == ("a",)

@@ -16,6 +16,7 @@ ROOMS = (  # from the bottom; a room may import those before it, and itself
     "files",
     "sheets",
     "concepts",
+    "concepts",
     "loading",
     "engine",
     "words",

@@ -214,7 +214,7 @@ def test_an_update_that_overflows_is_skipped_for_its_image_alone():
     assert [move.flatten(1).any(1).tolist() for move in moves] == [[True, False, True]] * 2
 
 
-@pytest.mark.parametrize("scheduler", ["PNDMScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler"])
+@pytest.mark.parametrize("scheduler", ["PNDMScheduler", "DPMSolverMultistepScheduler"])
 def test_every_denoiser_call_gets_an_update(scheduler):
     pipe, control = tiny.sd1(), Segregation("cat", "dog", window=(0, 1))
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)

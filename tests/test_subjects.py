@@ -5,7 +5,7 @@ from attnctl.errors import PhraseError
 from attnctl.glyph.words import benchmark
 from attnctl.pipelines import AStarPipeline
 from attnctl.words import subjects
-from attnctl.words.phrases import words
+from attnctl.words.spelling import words
 from attnctl.words.subjects import SubjectsError, read_subjects
 
 

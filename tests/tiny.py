@@ -202,6 +202,39 @@ def flux(**changes: Any) -> Any:
     )
 
 
+def pixart() -> Any:
+    """As PixArt-Sigma: cross-attention over T5 alone, a learned variance."""
+    torch.manual_seed(0)
+    model = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=3, caption_channels=64,
+        cross_attention_dim=16, sample_size=16, patch_size=2, use_additional_conditions=False,
+    )  # fmt: skip
+    return quiet(
+        diffusers.PixArtSigmaPipeline(
+            tokenizer=t5_tokenizer(), text_encoder=t5(), vae=autoencoder(), scheduler=ddim(), transformer=model.eval()
+        )  # fmt: skip
+    )
+
+
+def chroma() -> Any:
+    """As Chroma: FLUX with T5 alone, and guidance in two calls."""
+    torch.manual_seed(0)
+    model = diffusers.ChromaTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=64, axes_dims_rope=(4, 4, 8), approximator_num_channels=8, approximator_hidden_dim=16,
+        approximator_layers=1,
+    )  # fmt: skip
+    return quiet(
+        diffusers.ChromaPipeline(
+            transformer=model.eval(),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+            vae=autoencoder(shift_factor=0.06, scaling_factor=1.5, use_quant_conv=False, use_post_quant_conv=False),
+            text_encoder=t5(),
+            tokenizer=t5_tokenizer(),
+        )  # fmt: skip
+    )
+
+
 def glyph() -> Any:
     """The trained pipeline that ships with the package: a copy of its own, in single precision."""
     return quiet(deepcopy(_glyph()))
@@ -238,6 +271,8 @@ def draw(
         settings["height"], settings["width"] = size
     if not hasattr(pipe, "unet"):
         settings["max_sequence_length"] = 16
+    if isinstance(pipe, diffusers.PixArtSigmaPipeline):  # else it draws the nearest of the sizes it was trained on
+        settings["use_resolution_binning"] = settings["clean_caption"] = False
     settings["generator"] = [torch.Generator().manual_seed(seed + i) for i in range(count)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnctl.engine.families.record import Family
-from attnctl.engine.run import Rows, Run, Step, Texts
-from attnctl.errors import ControlError, UnsupportedPipelineError
+from attnctl.engine.run import Run, Step, Texts
+from attnctl.errors import ControlError
 
+WEIGHT = re.compile(r"\([^()]*\)[\d.+-]+|\([^()]*:[\d.]+\)|\w\+\+*(?=[\s,.]|$)|\w--+(?=[\s,.]|$)")  # of compel, A1111
 PROMPTS = ("prompt", "prompt_2", "prompt_3")  # arguments of encode_prompt, where a pipeline has them
 
 
@@ -19,11 +21,6 @@ def named(denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     """A denoiser call's arguments by name."""
     names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
     return {name: _snapshot(value) for name, value in (dict(zip(names, args, strict=False)) | kwargs).items()}
-
-
-def same_text(one: Tensor, other: Tensor) -> bool:
-    """Whether two embeddings are the same: one tensor, or the same numbers."""
-    return one is other or (one.shape == other.shape and torch.equal(one, other.to(one)))
 
 
 def spread(arguments: dict[str, Any], positional: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -80,6 +77,7 @@ def texts(words: dict[str, Any] | None, given: str | list[str] | None, images: i
     """
     found: dict[str, str | list[str] | None] = {name: (words or {}).get(name) for name in PROMPTS}
     if found["prompt"] is None:
+        _check_plain(given)
         found["prompt"] = given
     result: Texts = {}
     for name, text in found.items():
@@ -90,6 +88,13 @@ def texts(words: dict[str, Any] | None, given: str | list[str] | None, images: i
             raise ControlError(f"{len(each)} texts for {name} do not fit {images} images")
         result[name] = [one for one in each for _ in range(images // len(each))]
     return result
+
+
+def _check_plain(given: str | list[str] | None) -> None:
+    """Raise if a text that was told for embeddings has weights, since their signs are no tokens of it."""
+    for text in [given] if isinstance(given, str) else given or ():
+        if weight := WEIGHT.search(text):
+            raise ControlError(f"attach(prompt=...) has a weight, {weight[0]!r}; say the words as they were encoded")
 
 
 def images_of(words: dict[str, Any] | None) -> int | None:
@@ -105,29 +110,21 @@ def images_of(words: dict[str, Any] | None) -> int | None:
     return each * (1 if isinstance(prompt, str) else len(prompt))
 
 
-def rows_of(run: Run, total: int, branch: str | None, extra: bool) -> Rows:
-    """Which rows of a denoiser call are what.
+def cropped(pipe: Any, asked: dict[str, Any], picture: tuple[int, int]) -> dict[str, Any]:
+    """The view of a run that `padding_mask_crop` gives it, as the pipeline itself works it out.
 
     Args:
-        total: batch size of the call.
-        branch: name of the `cache_context` the call was made in.
-        extra: a further pass over conditional rows.
-
-    Raises:
-        UnsupportedPipelineError: more parts than [uncond; cond], in an order nobody has told us.
+        asked: arguments of the pipeline's `check_inputs`.
+        picture: (height, width) of what is drawn, in pixels.
     """
-    images = run.images
-    if run.family.branches == "sequential":
-        everything = slice(0, total)
-        return Rows(None, everything, total) if branch == "uncond" else Rows(everything, None, total)
-    if extra or total == images:
-        return Rows(slice(0, total), None, total)
-    if run.guided and total == 2 * images:
-        return Rows(slice(images, total), slice(0, images), total)
-    raise UnsupportedPipelineError(
-        f"{type(run.pipe).__name__} calls its denoiser with {total} rows for {images} images; "
-        "attnctl knows one row per image, or an unconditional and a conditional one"
-    )
+    mask, pad = asked.get("mask_image"), asked.get("padding_mask_crop")
+    if pad is None or mask is None:
+        return {}
+    height, width = picture
+    left, top, right, bottom = pipe.mask_processor.get_crop_region(mask, width, height, pad=pad)
+    whole = mask.size
+    view = (left / whole[0], top / whole[1], right / whole[0], bottom / whole[1])
+    return {"view": view, "uncropped": (whole[1], whole[0])}
 
 
 def start_run(
@@ -156,6 +153,7 @@ def start_run(
         steps=steps,
         texts=texts(words, given, images),
         max_sequence_length=(words or {}).get("max_sequence_length"),
+        text_rows=text.shape[1] if isinstance(text := arguments.get(family.text), Tensor) else None,
         start=start,
         schedule=schedule,
     )
@@ -163,10 +161,11 @@ def start_run(
 
 def tokens_drawn(run: Run, raw: Tensor) -> int | None:
     """How many tokens of packed latents are the picture that is drawn, if a reference picture follows them; or None."""
-    if raw.ndim != 3:
+    packing = run.family.packing
+    if packing == 1:
         return None
     height, width = run.latent_size
-    cells = (height // 2) * (width // 2)
+    cells = (height // packing) * (width // packing)
     return cells if raw.shape[1] > cells else None
 
 

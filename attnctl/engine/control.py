@@ -225,6 +225,16 @@ def nest(controls: Sequence[Control], site: Site) -> tuple[Control, ...]:
     return tuple(sorted(controls, key=lambda c: 2 if c.lane is Lane.PROBS else int(c.innermost)))  # a stable sort
 
 
+def check_window_in_run(window: tuple[float, float], run: Run) -> None:
+    """Raise if a window holds none of the steps of a run, as that of an image-to-image call may not."""
+    left = run.fractions
+    if left and not any(window[0] <= at < window[1] for at in left):
+        raise ControlError(
+            f"window {window} holds none of the {len(left)} steps of this run, which lie from {left[0]:.2f} "
+            f"to {left[-1]:.2f} of the schedule"
+        )
+
+
 def check_window(window: tuple[float, float]) -> None:
     """Raise unless this is a part of the schedule."""
     try:

@@ -124,6 +124,9 @@ class Installation:
         self._patch("check", self.target.pipe, "check_inputs", self.interception.on_check)
         self._patch("encode", self.target.pipe, "encode_prompt", self.interception.on_encode)
         self._patch("step", getattr(self.target.pipe, "scheduler", None), "step", self.interception.on_step)
+        guider = getattr(self.target.pipe, "guider", None)  # of Modular Diffusers
+        for name in ("prepare_inputs", "prepare_inputs_from_block_state"):
+            self._patch(name, guider, name, self.interception.on_guider)
         self._patch("context", self.target.model, "cache_context", self.interception.on_context)
         # nn.Module.__call__ looks here first, so this is outside of forward hooks, compiled graphs and offloading.
         compiled = vars(outer).get("_compiled_call_impl")

@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from attnctl.engine import calls
+from attnctl.engine.branches import Branches
 from attnctl.engine.control import AttentionCall, Control, Lane, run_chain
 from attnctl.engine.latents import Sample, stepped, written
 from attnctl.engine.passes import Passes
@@ -46,7 +48,8 @@ class Interception:
         self.target, self.installed = target, installed
         self.passes = Passes(target)
         self.words: list[dict[str, Any]] | None = None  # what encode_prompt was given since the pipeline was called
-        self.encoded: list[list[Tensor]] = []  # what it returned, call by call: embeddings of texts
+        self.branches = Branches()
+        self.asked: dict[str, Any] = {}  # what check_inputs was given
         self.run: Run | None = None
         self.sample: Sample | None = None  # of the step under way, until scheduler.step has taken its edits
         self.solved = 0  # calls of scheduler.step in this run
@@ -60,35 +63,53 @@ class Interception:
         if self.training is not None:
             raise ControlError("a pipeline was called inside a training batch; leave its block first")
         self._arrive()  # every pipeline calls check_inputs first
+        self.asked = inspect.signature(original).bind(*args, **kwargs).arguments
         return original(*args, **kwargs)
 
     def on_encode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.training is not None:  # a loop that has its captions encoded
             return original(*args, **kwargs)
-        if self.words is None:  # a pipeline without check_inputs, or somebody encoding by hand
+        by_hand = self.run is not None and not self.guard.calling()  # encoding for the next picture of a loop
+        if self.words is None or by_hand:  # a pipeline without check_inputs, or somebody encoding by hand
             self._arrive()
+        if getattr(self.target.pipe, "do_perturbed_attention_guidance", False):
+            who = type(self.target.pipe).__name__
+            raise UnsupportedPipelineError(
+                f"{who} swaps attention processors for its own perturbed attention guidance; call it with pag_scale=0 "
+                "and attach Pag()"
+            )
         bound = inspect.signature(type(self.target.pipe).encode_prompt).bind(self.target.pipe, *args, **kwargs)
         bound.apply_defaults()
         self.words = [*(self.words or []), bound.arguments]
         returned = original(*args, **kwargs)
-        parts = returned if isinstance(returned, tuple) else (returned,)
-        self.encoded.append([part for part in parts if isinstance(part, Tensor) and part.ndim == 3])
+        self.branches.encoded(returned)
         return returned
 
     def _arrive(self) -> None:
         """A pipeline call begins."""
         self.guard.begin(at_work=self.passes.acting is not None or self.passes.resting)
         self.finish()
-        self.words, self.encoded = [], []
+        self.words, self.asked = [], {}
         self.installed.refresh()
 
     def finish(self) -> None:
         """The run under way, if any, is over or was given up."""
-        run, self.run, self.sample, self.words = self.run, None, None, None
-        self.term, self.unguided, self.encoded = None, False, []
+        self.words = None
+        self.branches.clear()
+        self._end_run()
+
+    def _end_run(self) -> None:
+        run, self.run, self.sample = self.run, None, None
+        self.term, self.unguided = None, False
         if run is not None:
             with self.passes.rest():
                 run.end()
+
+    def on_guider(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A Modular Diffusers pipeline has its guider prepare the batches of a step."""
+        batches = original(*args, **kwargs)
+        self.branches.prepared(batches)
+        return batches
 
     def on_context(self, original: Callable[..., Any], name: str, **kwargs: Any) -> AbstractContextManager[None]:
         @contextmanager
@@ -113,6 +134,11 @@ class Interception:
             return self.training(original, args, kwargs)
         self.guard.go_on()
         target, name = self.target, self.target.family.sample
+        if (other := _drawing(target.pipe)) is not None:
+            raise ControlError(
+                f"this {type(target.model).__name__} is under control through a {type(target.pipe).__name__}, but a "
+                f"{type(other).__name__} draws with it; attach to that one"
+            )
         step = self._open(calls.named(target.model, args, kwargs), len(args))
         if step.changed:
             args, kwargs = calls.spread(step.arguments, len(args))
@@ -131,13 +157,16 @@ class Interception:
         raw, timestep, text = (
             arguments[family.sample],
             arguments.get("timestep"),
-            arguments.get("encoder_hidden_states"),
+            arguments.get(family.text),
         )
+        if self.run is not None and family.latent_size(target.model, raw, arguments) != self.run.latent_size:
+            self._end_run()  # a loop by hand goes on to pictures of another size
         run = self.run = self.run or self._start(arguments)
         for attachment in target.attachments:
             attachment.latest = run
-        extra = arguments.get("skip_layers") is not None
-        rows = calls.rows_of(run, raw.shape[0], self._branch_of(text), extra)
+        extra = arguments.get("skip_layers") is not None or self.branches.of(text) == "extra"
+        self.branches.told = self.passes.branch[0] if self.passes.branch else None
+        rows = self.branches.rows(run, raw.shape[0], text, extra)
         first = rows.cond is not None and not extra
         if first or self.sample is None:
             own, scale = rows.cond or slice(0, rows.total), calls.scale_of(family, pipe, timestep)
@@ -157,6 +186,7 @@ class Interception:
             passes=self.passes,
             arguments=arguments,
             extra=extra,
+            corrector=not getattr(getattr(pipe, "scheduler", None), "state_in_first_order", True),
             text_rows=text.shape[1] if isinstance(text, Tensor) else None,
             positional=positional,
             images=tuple(range(run.images)),
@@ -175,18 +205,6 @@ class Interception:
         run.calls += first
         return step
 
-    def _branch_of(self, text: Any) -> str | None:
-        """Which half of guidance in two calls this is: by what was encoded, else by the `cache_context` we are in.
-
-        Some pipelines (FLUX image to image, inpainting, Kontext) name no context. They encode the prompt first, then
-        the negative one.
-        """
-        told = self.passes.branch[0] if self.passes.branch else None
-        if not isinstance(text, Tensor) or len(self.encoded) < 2 or self.target.family.branches != "sequential":
-            return told
-        positive, negative = (any(calls.same_text(text, one) for one in own) for own in self.encoded[:2])
-        return told if positive == negative else "cond" if positive else "uncond"
-
     def _start(self, arguments: dict[str, Any]) -> Run:
         target = self.target
         if self.words == []:
@@ -194,16 +212,12 @@ class Interception:
             raise UnsupportedPipelineError(
                 f"{who} drew without calling encode_prompt, so its rows cannot be told apart"
             )
-        if self.words is None and (other := _drawing(target.pipe)) is not None:
-            raise ControlError(
-                f"this {type(target.model).__name__} is under control through a {type(target.pipe).__name__}, but a "
-                f"{type(other).__name__} draws with it; attach to that one"
-            )
         given = next((a.prompt for a in target.attachments if a.prompt is not None), None)
         words = self.words[0] if self.words else None  # the second, if any, is FLUX's negative prompt
         self.solved = 0
         self.installed.reseat()
-        return calls.start_run(target.family, target.pipe, target.model, arguments, words, given)
+        run = calls.start_run(target.family, target.pipe, target.model, arguments, words, given)
+        return replace(run, **calls.cropped(target.pipe, self.asked, run.picture))
 
     def _close(self, step: Step, output: Any) -> Any:
         """The denoiser's output after the controls have had their say."""

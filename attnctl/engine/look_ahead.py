@@ -47,7 +47,8 @@ def look_ahead(step: Step, steps: int, reach: float, images: Sequence[int] | Non
         there to be probed.
 
     Raises:
-        ControlError: the scheduler's noise levels are of no kind we know, or no timestep is left.
+        ControlError: the scheduler's noise levels are of no kind we know, no timestep is left, or the pipeline does not
+            tell its guidance scale.
     """
     step = step if images is None else _of(step, images)
     now = step.run.start + step.index
@@ -112,7 +113,10 @@ def foreseen(step: Step, z: Tensor, here: Level) -> tuple[Tensor, Tensor]:
     guess = output[rows.cond]
     if rows.uncond is not None:
         plain = output[rows.uncond]
-        guess = plain + float(run.pipe.guidance_scale) * (guess - plain)
+        scale = getattr(run.pipe, "guidance_scale", None)
+        if scale is None:
+            raise ControlError(f"{type(run.pipe).__name__} does not tell its guidance scale, so nothing can look ahead")
+        guess = plain + float(scale) * (guess - plain)
     guess = guess.narrow(step.sample.dim, 0, z.shape[step.sample.dim])  # a learned variance is no part of it
     guess = guess if step.sample.tokens is None else guess[:, : step.sample.tokens]  # nor a reference picture
     z, a, s = z.float(), here.picture, here.noise

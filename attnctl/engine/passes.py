@@ -154,7 +154,8 @@ class Passes:
             share = step.prefix.resume(start, stack) if step.prefix is not None else 1.0
             for block, edit in (blocks or {}).items():
                 _check_hooks(target.model.get_submodule(block), block)
-                stack.callback(_edited(target.model.get_submodule(block), edit, target.family.hands_on).undo)
+                around = _edited(target.model.get_submodule(block), edit, target.family.hands_on, step.text_rows or 0)
+                stack.callback(around.undo)
             stack.enter_context(self._acts(own))
             args, kwargs = calls.spread(arguments, step.positional)
             output = denoiser(*args, **kwargs)
@@ -232,17 +233,19 @@ def _check_hooks(block: nn.Module, name: str) -> None:
         raise ControlError(f"{name} is under a step cache or group offloading, so it cannot be edited; switch that off")
 
 
-def _edited(block: nn.Module, edit: Edit, hands_on: tuple[str, ...]) -> Patch:
+def _edited(block: nn.Module, edit: Edit, hands_on: tuple[str, ...], text_rows: int) -> Patch:
     """A block that gets edited tokens, or hands on what it got."""
     signature = inspect.signature(type(block).forward)
 
     def around(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(block, *args, **kwargs)
-        hidden = edit(bound.arguments["hidden_states"])
+        given = tuple(bound.arguments[name] for name in hands_on if name in bound.arguments)
+        tokens = bound.arguments["hidden_states"]
+        joined = text_rows if len(given) < len(hands_on) else 0  # Chroma's single blocks get text and picture as one
+        hidden = edit(tokens[:, joined:])
         if hidden is None:
-            given = tuple(bound.arguments[name] for name in hands_on)
             return given if len(given) > 1 else given[0]
-        bound.arguments["hidden_states"] = hidden
+        bound.arguments["hidden_states"] = torch.cat([tokens[:, :joined], hidden], 1) if joined else hidden
         return original(*bound.args[1:], **bound.kwargs)
 
     return Patch(block, "_compiled_call_impl", around, vars(block).get("_compiled_call_impl") or block._call_impl)

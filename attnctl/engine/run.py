@@ -47,10 +47,18 @@ class Run:
     steps: int
     texts: Texts
     max_sequence_length: int | None = None
+    text_rows: int | None = None  # length of the text sequence at the first denoiser call
     calls: int = 0
     start: int = 0  # position of the first step in the scheduler's timesteps
     schedule: int = 0  # how many timesteps the scheduler has
     passes: dict[str, float] = field(default_factory=dict)
+    view: tuple[float, float, float, float] = (
+        0.0,
+        0.0,
+        1.0,
+        1.0,
+    )  # what is drawn of the whole picture, in shares of it
+    uncropped: tuple[int, int] | None = None  # (height, width) of the whole picture in pixels, where `view` is a part
     streams: dict[Any, Any] = field(default_factory=dict)  # what `words.phrases.streams` has made, by text
     _states: dict[int, tuple[Begins, Any]] = field(default_factory=dict)
 
@@ -78,6 +86,16 @@ class Run:
         """(height, width) of the pictures in pixels."""
         factor = int(getattr(self.pipe, "vae_scale_factor", 8))
         return self.latent_size[0] * factor, self.latent_size[1] * factor
+
+    @property
+    def fractions(self) -> list[float]:
+        """Where its steps lie in the whole schedule, from 0 (noise) towards 1; empty if the scheduler does not say."""
+        return [min((self.start + i) / self.schedule, 1.0) for i in range(self.steps)] if self.schedule else []
+
+    @property
+    def whole(self) -> tuple[int, int]:
+        """(height, width) in pixels of the whole picture, of which inpainting with `padding_mask_crop` draws a part."""
+        return self.uncropped or self.picture
 
     def describe(self, image: int) -> str:
         """ "image 1 ('a dog')" for messages; "" if there is only one picture, or nobody said what it is of."""
@@ -156,6 +174,8 @@ class Step:
         timestep: as the denoiser is given it.
         rows: which batch rows are what.
         extra: a further pass over conditional rows within the same step (skip-layer guidance); it counts for nothing.
+        corrector: the second call of a solver step of Heun or KDPM2. The solver steps from the latents of the first, so
+            edits made here reach the prediction alone.
         text_rows: length of the text sequence, if this call has one.
         scale: factor the scheduler puts on latents before the denoiser sees them (Euler: (sigma^2 + 1) ** -0.5).
         sigma: noise level, where the scheduler has one.
@@ -176,6 +196,7 @@ class Step:
     passes: Passes
     arguments: dict[str, Any]  # of this denoiser call by name, before edits
     extra: bool = False
+    corrector: bool = False
     text_rows: int | None = None
     images: tuple[int, ...] = ()
     pass_name: str = "main"

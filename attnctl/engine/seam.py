@@ -35,7 +35,7 @@ def attentions(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def facts(attn: Any) -> tuple[int, int, bool, bool]:
     """(heads, head_dim, keys come from the text, keys of text and image are joined) of one attention module."""
     cross = getattr(attn, "is_cross_attention", False)
-    return attn.heads, attn.inner_dim // attn.heads, cross, attn.added_kv_proj_dim is not None
+    return attn.heads, attn.inner_dim // attn.heads, cross, getattr(attn, "added_kv_proj_dim", None) is not None
 
 
 def reachable(attn: Any) -> bool:

@@ -32,7 +32,7 @@ class Target:
         attachments: in order.
         seats: attention modules that are under control, by site name.
         chains: the controls of each of those, outermost first.
-        patches: of methods: "check", "encode", "step", "context", "call", where the pipeline has them.
+        patches: of methods: "check", "encode", "step", "context", "call" and those of a guider, where there are such.
     """
 
     def __init__(self, pipe: Any, family: Family, model: nn.Module) -> None:

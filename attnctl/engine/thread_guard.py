@@ -51,10 +51,10 @@ class ThreadGuard:
             # goes on cannot be seen; it is told, for its scheduler has been the other's meanwhile.
             if self.calling() or not called:
                 self._busy()
-        if self.owner is None:
-            self.owner = me
-        elif self.owner != me:
+        alive = any(thread.ident == self.owner for thread in threading.enumerate())
+        if self.owner not in (None, me) and alive:
             self._busy()
+        self.owner = me
 
     def done(self) -> None:
         """The pipeline call in this thread came to its end."""

@@ -78,7 +78,7 @@ def forward(flow: Interception, block: Batch, original: Callable[..., Any], args
     """One forward of the denoiser inside a batch."""
     target, family = flow.target, flow.target.family
     arguments = calls.named(target.model, args, kwargs)
-    raw, text = arguments[family.sample], arguments.get("encoder_hidden_states")
+    raw, text = arguments[family.sample], arguments.get(family.text)
     count = len(block.prompts)
     if raw.shape[0] != count:
         raise ControlError(f"the denoiser was called with {raw.shape[0]} rows in a batch of {count} prompts")

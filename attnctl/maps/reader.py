@@ -13,7 +13,8 @@ from torch import Tensor
 from attnctl.engine.control import AttentionCall
 from attnctl.errors import ControlError, NoSiteError, PhraseError, of_image, short
 from attnctl.maps.probabilities import call_maps
-from attnctl.words.phrases import TextStream, positions, text_rows, words
+from attnctl.words.phrases import TextStream, positions, text_rows
+from attnctl.words.spelling import words
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,13 +48,11 @@ class Maps:
         self._rows: list[list[int]] = found
         for phrase in phrases or ():
             self._find(phrase)
-        if not any(found):
-            raise PhraseError("there is nothing to record: the prompts have no words")
         most = max(map(len, found))
         filled = [rows + [0] * (most - len(rows)) for rows in found]
         alike = all(rows == filled[0] for rows in filled)
         self._tokens = torch.tensor(filled[0] if alike else filled)  # (tokens,) or (images, tokens)
-        self._last = max(rows[-1] for rows in found if rows)
+        self._last = max((rows[-1] for rows in found if rows), default=-1)  # -1: no prompt has a word
         self._sums: dict[tuple[int | None, int | None, Grid], _Sum] = {}
         self._names: dict[str, int] = {}
 
@@ -73,6 +72,8 @@ class Maps:
             rows: its conditional rows, one per image.
             lse: (batch, heads, queries), see `token_maps`.
         """
+        if self._last < 0:
+            return
         check_rows(call, self._last)
         if self._tokens.device != call.q.device:
             self._tokens = self._tokens.to(call.q.device)

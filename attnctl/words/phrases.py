@@ -6,21 +6,18 @@ So a phrase of several words or a word of several tokens needs nothing special, 
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import permutations
 from typing import Any
 
 from attnctl.engine.run import Run
-from attnctl.errors import PhraseError, of_image, short
+from attnctl.errors import PhraseError, of_image
+from attnctl.words.spelling import WORD, Span, inventory, places, words
 
-Span = tuple[int, int]  # first character, one past the last
-
-LETTER = r"[^\W_]"
-WORD = re.compile(rf"{LETTER}+(?:['’-]{LETTER}+)*")  # "cat's" and "t-shirt" are one word each
-NUMBERED = re.compile(r"\s*(.*\S)\s*#(\d+)\s*", re.DOTALL)
+SPECIAL = ("<start>", "<end>")
+"""Phrases that stand for the start and end tokens of a prompt."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +29,40 @@ class TextStream:
         prompt: what it reads.
         offset: row of its first token.
         length: how many rows it fills; longer prompts are cut there.
+        chunks: how many pieces of so many rows follow one another, each with a start and an end token of its own, as
+            prompt weighting tools make them of long prompts.
     """
 
     tokenizer: Any
     prompt: str
     offset: int = 0
     length: int = 77
+    chunks: int = 1
 
     @cached_property
     def spans(self) -> list[Span | None]:
         """The characters each token covers, before truncation, see `_spans`; tokenized once."""
         return _spans(self.tokenizer, self.prompt)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where special tokens and the prompt's own are, as if all chunks were one."""
+        special = [span is None for span in self.spans]
+        ends = sum(special) * (self.chunks - 1)
+        return _layout(special, self.length * self.chunks - ends)
+
+    def rows(self, tokens: Iterable[int]) -> list[int]:
+        """The text rows of the prompt's own tokens, which are counted with the start token as 0."""
+        start = len(self.layout.start)
+        body = self.length - start - len(self.layout.end)
+        if self.chunks == 1:
+            return [self.offset + token for token in tokens]
+        chunks = (divmod(token - start, body) for token in tokens)
+        return [self.offset + chunk * self.length + start + place for chunk, place in chunks]
+
+
+SPECIAL = ("<start>", "<end>")
+"""Phrases that stand for the start and end tokens of a prompt."""
 
 
 @dataclass(frozen=True)
@@ -56,21 +76,6 @@ class Layout:
     text: range
     end: range
     padding: range
-
-
-def words(prompt: str) -> tuple[str, ...]:
-    """The words of a prompt, in order and in lower case, as phrases: a repeated word carries its number.
-
-    >>> words("A cat and a red car")
-    ('a#1', 'cat', 'and', 'a#2', 'red', 'car')
-    """
-    spelled = [match[0] for match in WORD.finditer(prompt)]
-    found = [word.lower() if len(word.lower()) == len(word) else word for word in spelled]  # "İ" would become two
-    total, seen, phrases = Counter(found), Counter[str](), []
-    for word in found:
-        seen[word] += 1
-        phrases.append(f"{word}#{seen[word]}" if total[word] > 1 else word)
-    return tuple(phrases)
 
 
 def find(tokenizer: Any, prompt: str, phrase: str, max_length: int = 77) -> list[int]:
@@ -95,11 +100,11 @@ def find(tokenizer: Any, prompt: str, phrase: str, max_length: int = 77) -> list
 def _found(stream: TextStream, phrase: str) -> list[int]:
     """`find` in a stream, whose offset does not count."""
     tokenizer, prompt, max_length, spans = stream.tokenizer, stream.prompt, stream.length, stream.spans
-    places = _places(prompt, phrase)
-    text = _layout([span is None for span in spans], max_length).text
-    found = [i for i, span in enumerate(spans) if span and any(_overlap(span, place) for place in places)]
+    where = places(prompt, phrase)
+    text = stream.layout.text
+    found = [i for i, span in enumerate(spans) if span and any(_overlap(span, place) for place in where)]
     if not found:
-        raise PhraseError(f"{type(tokenizer).__name__} makes no token of {phrase!r}; {_inventory(prompt)}")
+        raise PhraseError(f"{type(tokenizer).__name__} makes no token of {phrase!r}; {inventory(prompt)}")
     if found[-1] >= text.stop:
         end = max((span[1] for span in spans[: text.stop] if span), default=0)
         whole = [word for word, match in zip(words(prompt), WORD.finditer(prompt), strict=True) if match.end() <= end]
@@ -110,26 +115,50 @@ def _found(stream: TextStream, phrase: str) -> list[int]:
     return found
 
 
+def _overlap(one: Span, other: Span) -> bool:
+    return max(one[0], other[0]) < min(one[1], other[1])
+
+
 def positions(streams: Sequence[TextStream], phrase: str) -> list[int]:
     """Text rows of a site that hold a phrase, ascending, over all tokenizers that feed the site.
 
-    A phrase that one tokenizer does not see or cuts off is found through the others.
+    A phrase that one tokenizer does not see or cuts off is found through the others. "<start>" and "<end>" stand for
+    the start and end tokens, of every chunk if there are several.
 
     Raises:
-        PhraseError: no tokenizer sees the whole phrase; says what the first of them had to say.
+        PhraseError: no tokenizer sees the whole phrase; says what the first of them had to say. Or two tokenizers read
+            different words into the same text rows, and only one of them reads this phrase.
     """
-    found: set[int] = set()
+    found: dict[TextStream, set[int]] = {}
     trouble = PhraseError(f"there is no tokenizer to find {phrase!r} with")
     for stream in reversed(streams):
         try:
-            rows = _found(stream, phrase)
+            rows = _special(stream, phrase) if phrase in SPECIAL else stream.rows(_found(stream, phrase))
         except PhraseError as error:
             trouble = error
-        else:
-            found.update(stream.offset + row for row in rows)
-    if not found:
+            rows = []
+        found[stream] = set(rows)
+    if not any(found.values()):
         raise trouble
-    return sorted(found)
+    for one, other in permutations(found, 2):
+        if one.offset == other.offset and one.prompt != other.prompt:
+            if meant := (found[one] - found[other]) & set(other.rows(other.layout.text)):
+                raise PhraseError(
+                    f"{phrase!r} shares text row {min(meant)} with another word: one encoder reads {one.prompt!r}, "
+                    f"another {other.prompt!r}; give both the same prompt"
+                )
+    return sorted(set().union(*found.values()))
+
+
+def _special(stream: TextStream, phrase: str) -> list[int]:
+    """Rows of the start or end tokens of a stream."""
+    own = stream.layout.start if phrase == "<start>" else stream.layout.end
+    if not own:
+        raise PhraseError(f"{type(stream.tokenizer).__name__} has no {phrase[1:-1]} token")
+    if stream.chunks == 1:
+        return [stream.offset + row for row in own]
+    first = range(len(own)) if phrase == "<start>" else range(stream.length - len(own), stream.length)
+    return [stream.offset + chunk * stream.length + row for chunk in range(stream.chunks) for row in first]
 
 
 def layout(tokenizer: Any, prompt: str, max_length: int = 77) -> Layout:
@@ -139,8 +168,7 @@ def layout(tokenizer: Any, prompt: str, max_length: int = 77) -> Layout:
 
 def text_rows(streams: Sequence[TextStream]) -> list[int]:
     """Text rows of a site that hold tokens of the prompt: neither start nor end nor padding. Ascending."""
-    layouts = ((stream, _layout([span is None for span in stream.spans], stream.length)) for stream in streams)
-    return sorted({stream.offset + row for stream, rows in layouts for row in rows.text})
+    return sorted({row for stream in streams for row in stream.rows(stream.layout.text)})
 
 
 def streams(run: Run, image: int) -> tuple[TextStream, ...]:
@@ -152,17 +180,19 @@ def streams(run: Run, image: int) -> tuple[TextStream, ...]:
         PhraseError: the pipeline was given embeddings and nobody said what they mean.
     """
     found, known = list[TextStream](), getattr(run, "streams", {})
+    alone = all(stream.offset == 0 and isinstance(stream.rows, int) for stream in run.family.streams)  # CLIP's rows
     for stream in run.family.streams:
         tokenizer = getattr(run.pipe, stream.tokenizer, None)
         if tokenizer is None:
             continue
-        text = run.texts.get(stream.prompt, run.prompts)[image]
+        text = run.family.reads(run.pipe, run.texts.get(stream.prompt, run.prompts)[image])
         if hasattr(run.pipe, "maybe_convert_prompt"):  # textual inversion: one word may stand for several tokens
             text = run.pipe.maybe_convert_prompt(text, tokenizer)
-        rows = run.max_sequence_length if isinstance(stream.rows, str) else stream.rows
+        rows = (run.max_sequence_length if isinstance(stream.rows, str) else stream.rows) or tokenizer.model_max_length
         own = text, stream.tokenizer, stream.offset
         if own not in known:
-            known[own] = TextStream(tokenizer, text, stream.offset, rows or tokenizer.model_max_length)
+            longer = run.text_rows if alone and run.text_rows and run.text_rows % rows == 0 else rows
+            known[own] = TextStream(tokenizer, text, stream.offset, rows, longer // rows)
         found.append(known[own])
     return tuple(found)
 
@@ -185,55 +215,6 @@ def tokens(run: Run, phrase: str, image: int) -> list[int]:
         return positions(streams(run, image), phrase)
     except PhraseError as error:
         raise of_image(error, image, run.prompts) from None
-
-
-# --- words -> characters ----------------------------------------------------------------------------------------------
-
-
-def _places(prompt: str, phrase: str) -> list[Span]:
-    """Where in the prompt a phrase is."""
-    if found := occurrences(prompt, phrase):  # first as it stands: a prompt may hold "room #2"
-        return found
-    if numbered := NUMBERED.fullmatch(phrase):
-        found, number = occurrences(prompt, numbered[1]), int(numbered[2])
-        if 1 <= number <= len(found):
-            return [found[number - 1]]
-        if found:
-            raise PhraseError(f"there is no {phrase!r}: {numbered[1]!r} is in the prompt {_times(len(found))}")
-    raise PhraseError(f"{phrase!r} is not in the prompt; {_inventory(prompt)}")
-
-
-def _times(count: int) -> str:
-    return "once" if count == 1 else f"{count} times"
-
-
-def occurrences(prompt: str, phrase: str) -> list[Span]:
-    """Where a prompt has the words of a phrase in a row, (first character, one past the last) each; whole words only.
-
-    Raises:
-        PhraseError: the phrase has no words.
-    """
-    parts = phrase.split()
-    if not parts:
-        raise PhraseError(f"an empty phrase stands for no word; {_inventory(prompt)}")
-    body = r"\s+".join(re.escape(part) for part in parts)
-    head = re.match(LETTER, parts[0]) is not None  # a phrase may begin or end with a sign, which needs no boundary
-    tail = re.match(LETTER, parts[-1][-1]) is not None
-    strict = (rf"(?<!{LETTER})(?<!{LETTER}['’-])" if head else "", rf"(?!{LETTER})(?!['’-]{LETTER})" if tail else "")
-    loose = (rf"(?<!{LETTER})" if head else "", rf"(?!{LETTER})" if tail else "")
-    for before, after in (strict, loose):
-        if found := [match.span() for match in re.finditer(before + body + after, prompt, re.IGNORECASE)]:
-            return found
-    return []
-
-
-def _overlap(one: Span, other: Span) -> bool:
-    return max(one[0], other[0]) < min(one[1], other[1])
-
-
-def _inventory(prompt: str) -> str:
-    found = words(prompt)
-    return f"its words are: {short(', '.join(found), 200)}" if found else "the prompt has no words"
 
 
 # --- characters -> tokens ---------------------------------------------------------------------------------------------

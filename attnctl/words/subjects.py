@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from attnctl.errors import AttnctlError, PhraseError
-from attnctl.words.phrases import WORD
+from attnctl.words.spelling import WORD
 
 # The tags of the British National Corpus, which the tagger speaks.
 _NOUNS, _MODIFIERS = ("NN", "NP0"), ("AJ", "VVN")

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
 import torch
 
-from attnctl.engine.control import Control, Lane, check_window
+from attnctl.engine.control import Control, Lane, check_window, check_window_in_run
 from attnctl.engine.families.registry import discover
 from attnctl.engine.look_ahead import look_ahead
 from attnctl.engine.run import Run, Step
@@ -196,6 +196,8 @@ class MapDescent(Control):
         return with_text(available, default_sites(available) if self.where is None else self.where)
 
     def begin(self, run: Run) -> DescentTrace:
+        if self.strength and self.window is not None:
+            check_window_in_run(self.window, run)
         sites = self.sites(discover(run.pipe))
         if self.where is None:
             sites = coarsest(sites, run.latent_size)
@@ -231,7 +233,7 @@ class MapDescent(Control):
         return step.fraction - start < EARLY * (1.0 - start)
 
     def before_denoise(self, step: Step) -> None:
-        if self.strength and self.acts(step):
+        if self.strength and self.acts(step) and not step.corrector:  # there an update would be lost
             Descent(self, step, step.run.state(self)).go()
 
 

@@ -20,7 +20,8 @@ from attnctl.engine.sites import Site
 from attnctl.errors import PhraseError, of_image
 from attnctl.maps.probabilities import call_maps
 from attnctl.maps.reader import check_rows, join_grids
-from attnctl.words.phrases import NUMBERED, TextStream, positions, text_rows
+from attnctl.words.phrases import TextStream, positions, text_rows
+from attnctl.words.spelling import NUMBERED
 
 Preparation = Literal["attend-and-excite", "attend-and-excite-padded", "share", "mean"]
 Columns = Literal["phrases", "prompt", "padded"]

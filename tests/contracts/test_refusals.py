@@ -141,14 +141,6 @@ def test_batch_in_an_order_nobody_knows():
         tiny.draw(pipe, size=None, image=torch.zeros(1, 3, 32, 48), image_guidance_scale=1.5)
 
 
-def test_more_parts_than_two():
-    """Perturbed attention guidance draws a third row per picture."""
-    pipe = diffusers.StableDiffusionPAGPipeline(**tiny._sd_parts(), pag_applied_layers=["mid"])
-    tiny.quiet(pipe)
-    with attach(pipe, Identity("cross")), pytest.raises(UnsupportedPipelineError, match="3 rows for 1 images"):
-        tiny.draw(pipe, pag_scale=2.0)
-
-
 def test_probing_from_within_attention():
     class Probing(Identity):
         def attend(self, call, proceed):

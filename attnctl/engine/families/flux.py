@@ -36,4 +36,5 @@ FLUX = Family(
     shared=frozenset({"img_ids", "txt_ids"}),
     time=1000.0,
     stages=("transformer_blocks", "single_transformer_blocks"),
+    packing=2,
 )

@@ -55,6 +55,11 @@ class Family:
         stages: attributes of the denoiser that are its trunk, in execution order: modules or lists of modules.
         keep_output: how the names of stages begin that must hand on their own output even where a later one does too.
         hands_on: which of its arguments a transformer block returns, changed.
+        text: name of the denoiser's text argument, (rows, text rows, channels).
+        packing: latent cells per token along one side, where the pipeline packs latents into tokens; else 1.
+        latent_channels: denoiser -> how many channels of its input are the latents themselves; the rest are masks or
+            pictures.
+        reads: (pipeline, prompt) -> the text that its tokenizers are given.
     """
 
     name: str
@@ -73,6 +78,10 @@ class Family:
     stages: tuple[str, ...] = ("transformer_blocks",)
     keep_output: tuple[str, ...] = ()
     hands_on: tuple[str, ...] = ("encoder_hidden_states", "hidden_states")
+    text: str = "encoder_hidden_states"
+    packing: int = 1
+    latent_channels: Callable[[Any], int] = lambda denoiser: denoiser.config.out_channels or denoiser.config.in_channels
+    reads: Callable[[Any, str], str] = lambda pipe, prompt: prompt
 
     def sites(self, denoiser: nn.Module) -> tuple[Site, ...]:
         """Every attention site of the denoiser in execution order."""
@@ -84,11 +93,6 @@ class Family:
                 number = blocks.setdefault(name.rpartition(".")[0], len(blocks))
                 found.append(Site(name, described[0], heads, head_dim, len(found), *described[1:], block=number))
         return tuple(found)
-
-    def latent_channels(self, denoiser: Any) -> int:
-        """How many channels of the denoiser's input are the latents themselves; the rest are masks or pictures."""
-        config = denoiser.config
-        return config.out_channels or config.in_channels
 
 
 def plain_size(denoiser: Any, sample: Tensor, arguments: Mapping[str, Any]) -> tuple[int, int]:

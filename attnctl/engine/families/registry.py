@@ -6,14 +6,20 @@ from typing import Any
 
 from torch import nn
 
+from attnctl.engine.families.chroma import CHROMA
 from attnctl.engine.families.flux import FLUX
+from attnctl.engine.families.pixart import PIXART
 from attnctl.engine.families.record import Family
 from attnctl.engine.families.sd3 import SD3
 from attnctl.engine.families.unet import UNET
 from attnctl.engine.sites import Site
 from attnctl.errors import ControlError, UnsupportedPipelineError
 
-FAMILIES: list[Family] = [UNET, SD3, FLUX]
+FAMILIES: list[Family] = [UNET, SD3, FLUX, PIXART, CHROMA]
+REFUSED = (  # part of a pipeline's class name -> why; their denoisers are of families that are known
+    ("Kolors", "its prompts are read by ChatGLM, where attnctl cannot tell which tokens are which words"),
+    ("LatentUpscale", "it draws on a picture's latents without classifier-free rows of its own"),
+)
 
 
 def register(family: Family) -> None:
@@ -38,13 +44,17 @@ def family_of(pipe_or_denoiser: Any) -> tuple[Family, nn.Module]:
     Raises:
         UnsupportedPipelineError: there is no record.
     """
+    who = type(pipe_or_denoiser).__name__
+    for part, reason in REFUSED:
+        if part in who:
+            raise UnsupportedPipelineError(f"{who} is not supported: {reason}")
     for family in FAMILIES:
         for candidate in (pipe_or_denoiser, getattr(pipe_or_denoiser, family.denoiser, None)):
             candidate = unwrap(candidate)
             if isinstance(candidate, nn.Module) and any(c.__name__ == family.model for c in type(candidate).__mro__):
                 return family, candidate
     known = ", ".join(f"{family.name} ({family.model})" for family in FAMILIES)
-    raise UnsupportedPipelineError(f"{type(pipe_or_denoiser).__name__} is of no family attnctl knows; it knows {known}")
+    raise UnsupportedPipelineError(f"{who} is of no family attnctl knows; it knows {known}")
 
 
 def discover(pipe_or_denoiser: Any) -> tuple[Site, ...]:
