@@ -12,7 +12,7 @@ import pytest
 import tiny as pipelines
 from PIL import Image
 
-from attnctl.app import cli, recipe
+from attnctl.app import recipe
 from attnctl.app.batch import jobs, running, worker
 
 ROOT = Path(__file__).parent.parent
@@ -34,20 +34,6 @@ def write(tmp_path):
         return path
 
     return write
-
-
-@pytest.fixture
-def command(monkeypatch, capfd):
-    """command("batch", ...) -> (exit code, lines of stdout, lines of stderr)."""
-
-    def command(*words):
-        monkeypatch.setattr(sys, "argv", ["attnctl", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capfd.readouterr()
-        return stop.value.code, out.splitlines(), err.splitlines()
-
-    return command
 
 
 def pictures(folder):
