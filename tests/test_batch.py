@@ -188,6 +188,24 @@ def test_ctrl_c_says_how_to_go_on(some, command, tmp_path, monkeypatch):
     assert len(pictures(out)) == 1 and not list(out.glob("*.part")) and not (out / "failures.jsonl").exists()
 
 
+def test_the_first_ctrl_c_lets_the_pictures_under_way_be_finished(some, command, tmp_path, monkeypatch):
+    from attnctl.app import drawing
+
+    own, out = drawing.draw_together, tmp_path / "out"
+
+    def pressed(pipe, recipes, *rest, **settings):
+        signal.raise_signal(signal.SIGINT)
+        return own(pipe, recipes, *rest, **settings)
+
+    monkeypatch.setattr(drawing, "draw_together", pressed)
+    before = signal.getsignal(signal.SIGINT)
+    code, said, err = command("batch", some(), "--out", out, "--group", 2)
+    assert code == 130 and len(said) == len(pictures(out)) == 2
+    assert err[0] == "attnctl: stops after the pictures under way; once more: at once"
+    assert err[1] == "attnctl: 2 of 4 pictures drawn; the same command goes on from here"
+    assert signal.getsignal(signal.SIGINT) is before and not (out / "manifest.jsonl").exists()
+
+
 def test_a_full_disk_stops_in_one_line(some, command, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
