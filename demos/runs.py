@@ -1,244 +1,126 @@
-"""One run of the studio: the recipe that `attnctl generate` would make, drawn plain and controlled. Knows no page."""
+"""Runs on the page: their steps as they come, their result, the history of a visit, and batches."""
 
-import re
-import shlex
-import tempfile
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Event, Lock, Thread
+from types import SimpleNamespace
 from typing import Any
 
-from PIL import Image
+import gradio as gr
 
-from attnctl.app import cli, drawing
-from attnctl.app.asked import known_controls, open_model, recipe_of
-from attnctl.app.bars import bars
-from attnctl.app.control_text import parse_control
-from attnctl.app.recipe import Recipe, read, save, weights_hash
-from attnctl.app.region_text import outlined, region_control
-from attnctl.errors import AttnctlError
-from attnctl.files import no_files
-from attnctl.loading import USUAL, embedded
-from attnctl.regions import Region
-from attnctl.words.subjects import read_subjects
+from attnctl.app import service_batch
+from attnctl.app.elsewhere import split_regions
+from attnctl.app.recipe import Recipe
+from attnctl.app.service import Asked, Result, Service, restored
 
-STEPS, SIDE, LETTERS = (
-    100,
-    1024,
-    4000,
-)  # the most to ask for: steps, pixels of a side, letters of a text
-_FILES = re.compile(r"\.(json|png|jpe?g|gif|bmp|webp|tiff?)\b|\bdata:|~|\.\.", re.IGNORECASE)
+from .api import TURN, refused, told
+from .cards import QUIET
+
+EMPTY = "Press **Generate**. The first picture takes a few seconds."
+_SHOWN = 24  # pictures of a visit
 
 
-class StudioError(AttnctlError):
-    """A visitor asks for what the studio does not do."""
+def wire(ui: SimpleNamespace, studio: Service) -> None:
+    """Generate, Cancel, restore."""
+    texts = [ui.prompt, ui.controls, ui.regions, ui.negative, ui.size, ui.model]
+    fields = [*texts, ui.seed, ui.steps, ui.guidance, ui.maps]
 
+    @told
+    def drawn(history: list[Result], *values: Any) -> Iterator[dict[Any, Any]]:
+        prompt, controls, regions, negative, size, model = (text or "" for text in values[: len(texts)])
+        seed, steps, guidance, maps = values[len(texts) :]
+        yield {ui.status: "Its turn comes as soon as the model is free."}
+        numbers = int(seed or 0), int(steps) if steps else None, guidance
+        for one in studio.run(Asked(prompt, controls, regions, *numbers, maps, negative, size, model)):
+            if isinstance(one, Result):
+                history = [one, *(old for old in history if old.final != one.final)][:_SHOWN]
+                labelled = [(str(old.final), f"{old.recipe.prompt[:40]}, seed {old.recipe.seed}") for old in history]
+                yield shown(one) | {ui.history: history, ui.gallery: labelled}
+                continue
+            which = "plain picture" if one.kind == "plain" else "picture with your controls"
+            said = f"Drawing the {which}: step {one.done} of {one.total}, {one.seconds:.0f} s left."
+            now = {ui.preview: gr.Image(one.preview, visible=True), ui.pictures: gr.ImageSlider(visible=False)}
+            yield {ui.status: said} | (now if one.preview is not None else {})
 
-@dataclass(frozen=True)
-class Asked:
-    """What a visitor asks for; controls and regions are texts of one a line, None is what is usual for the model."""
-
-    prompt: str
-    controls: str = ""
-    regions: str = ""
-    seed: int = 0
-    steps: int | None = None
-    guidance: float | None = None
-    maps: bool = True
-    negative: str = ""
-    size: str = ""
-
-    def check(self) -> tuple[int, int] | None:
-        """The size as numbers, once all of it makes sense."""
-        if any(len(text) > LETTERS for text in (self.prompt, self.controls, self.regions, self.negative)):
-            raise StudioError(f"a text is too long: at most {LETTERS} letters")
-        if self.steps is not None and self.steps > STEPS:
-            raise StudioError(f"{self.steps} steps: at most {STEPS} here")
-        shape = cli.checked(self.prompt, self.seed, 1, self.steps, self.guidance, self.size.strip() or None, None)
-        if shape is not None and max(shape) > SIDE:
-            raise StudioError(f"size {self.size}: a side has at most {SIDE} pixels here")
-        for line in (*lines(self.controls), *lines(self.regions)):
-            if found := _FILES.search(line):
-                raise StudioError(f"{found[0]!r} in {line[:60]!r}: controls and regions name no files here; draw a box")
-        return shape
-
-
-@dataclass(frozen=True)
-class Step:
-    """How far a run is."""
-
-    kind: str  # which drawing: plain | controlled
-    done: int
-    total: int
-    seconds: float  # left, of this drawing
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run made; the files are PNGs that hold their recipe."""
-
-    recipe: Recipe
-    files: dict[str, Path]  # by what they show: plain, controlled, maps, comparison
-    told: tuple[str, ...]  # the report, in sentences
-    command: str  # draws the same
-
-
-def lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def things(prompt: str) -> list[str]:
-    """What the prompt names, as far as it can be read; for a control to start from."""
-    try:
-        return [subject.whole for subject in read_subjects(prompt)]
-    except AttnctlError:
-        return list(drawing.content_words(prompt)[:2])
-
-
-def restored(file: Path) -> Recipe:
-    """The recipe in a PNG that a visitor brings."""
-    try:
-        return read(file)[1]
-    except Image.DecompressionBombError:
-        raise StudioError(f"{file.name} is too large a picture") from None
-    except AttnctlError as error:  # without the folder that uploads lie in
-        raise StudioError(str(error).replace(str(file), file.name)) from None
-
-
-def region_preview(text: str | None, size: tuple[int, int] = (384, 384)) -> Image.Image:
-    """The boxes of the region lines, outlined on a blank picture."""
-    blank = Image.new("RGB", size, "#f4f4f5")
-    if not (text and lines(text)):
-        return blank
-    with no_files():
-        control = parse_control(region_control(lines(text)), known_controls())
-        return outlined(blank, [(phrase, Region(where)) for phrase, where in control.masks])
-
-
-class Studio:
-    """A model, and the runs on it: one at a time."""
-
-    def __init__(self, model: str = "glyph-sd", device: str | None = None, dtype: str = "float32") -> None:
-        self.model, self.dtype = model, dtype
-        self.threads = 1 if model in embedded() else None  # as the command line has it
-        with bars() as bar:
-            self.pipe = open_model(model, device, dtype, bar, self.threads)
-        self.weights = weights_hash(self.pipe)
-        self.usual = {"steps": 20, "guidance": 3.0} | {
-            name: value
-            for name, own in (("steps", "num_inference_steps"), ("guidance", "guidance_scale"))
-            if (value := USUAL.get(model, {}).get(name, drawing.default_setting(self.pipe, own))) is not None
+    def shown(result: Result) -> dict[Any, Any]:
+        """What the page shows of a result."""
+        plain, files = result.files["plain"], result.files
+        alone = [] if "controlled" in files else ["No control was given: this is the plain picture alone."]
+        return {
+            ui.status: "\n".join(f"- {line}" for line in (*alone, *result.told)),
+            ui.preview: gr.Image(None, visible=False),
+            ui.pictures: gr.ImageSlider((str(plain), str(result.final)), visible=True),
+            ui.heat: gr.Gallery(result.heat, selected_index=None),
+            ui.sheet: next((str(files[name]) for name in ("comparison", "maps") if name in files), None),
+            ui.curves: result.curves,
+            ui.command: result.command,
+            ui.python: result.python,
+            ui.recipe: gr.DownloadButton(value=_recipe_file(result), interactive=True),
         }
-        self._one = Lock()
-        self._folder = tempfile.TemporaryDirectory(prefix="attnctl-studio-")
 
-    def run(self, asked: Asked) -> Iterator[Step | Result]:
-        """The steps of a run and at last its result. Closing it, as a cancelled visit does, stops the drawing."""
-        told: SimpleQueue[Step | Result | BaseException] = SimpleQueue()
-        bar = _Bar(told)
+    def filled(recipe: Recipe) -> dict[Any, Any]:
+        """The fields as they were for a recipe."""
+        if recipe.model not in studio.models and not studio.any_model:
+            gr.Warning(f"it was drawn with the model {recipe.model}, which is not here")
+        size = f"{recipe.width}x{recipe.height}" if recipe.width and recipe.height else ""
+        boxes, controls = split_regions(recipe.controls)
+        model = recipe.model if recipe.model in studio.models or studio.any_model else gr.skip()
+        words = recipe.prompt, "\n".join(controls), "\n".join(boxes), recipe.negative or "", size, model
+        values = *words, recipe.seed, recipe.steps, recipe.guidance, bool(recipe.maps)
+        return dict(zip(fields, values, strict=True))
 
-        def work() -> None:
-            try:
-                with self._one, no_files():
-                    told.put(self._drawn(asked, bar))
-            except BaseException as error:  # for the visitor's thread
-                told.put(error)
+    @told
+    def again(history: list[Result], stamp: int, event: gr.SelectData) -> dict[Any, Any]:
+        chosen = history[event.index]
+        return filled(chosen.recipe) | shown(chosen) | {ui.stamp: stamp + 1}
 
-        shape = asked.check()
-        if shape is not None:
-            drawing.check_size(self.pipe, *shape)
-        thread = Thread(target=work, daemon=True)
-        thread.start()
-        try:
-            while not isinstance(one := told.get(), Result):
-                if isinstance(one, BaseException):
-                    raise one
-                yield one
-            yield one
-        finally:
-            bar.stop.set()
-            thread.join()
+    @told
+    def dropped(file: str, stamp: int) -> dict[Any, Any]:
+        return filled(restored(Path(file))) | {ui.stamp: stamp + 1}
 
-    def _drawn(self, asked: Asked, bar: "_Bar") -> Result:
-        import torch
-
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)  # each thread has its own number
-        started = time.monotonic()
-        texts = cli.control_texts(asked.prompt, self.model, lines(asked.controls), None, False)
-        if regions := lines(asked.regions):
-            texts = [region_control(regions), *texts]
-        controls = [parse_control(text, known_controls()) for text in texts]
-        recipe = recipe_of(
-            self.pipe,
-            model=self.model,
-            prompt=asked.prompt,
-            negative=asked.negative.strip() or None,
-            seed=asked.seed,
-            steps=asked.steps,
-            size=asked.check(),
-            guidance=asked.guidance,
-            controls=tuple(texts),
-            maps=cli.mapped_words(self.pipe, asked.prompt) if asked.maps else (),
-            weights=self.weights,
-        )
-        drawings = {"plain": drawing.draw(self.pipe, recipe, [], "plain", bar.rich)}
-        if controls:
-            drawings["controlled"] = drawing.draw(self.pipe, recipe, controls, "controlled", bar.rich)
-        files = {}
-        for shows, picture in drawing.pictures(drawings, recipe).items():
-            files[shows] = Path(self._folder.name) / f"{recipe.digest()}-{recipe.seed}-{shows}.png"
-            save(picture, files[shows], replace(recipe, shows=shows))
-        said = (line.split(maxsplit=1) for line in (*cli.left_alone(drawings), *cli.judged(self.model, drawings)))
-        told = [f"{kind.capitalize()}: {rest}." for kind, rest in said]
-        told.append(f"Drawn in {time.monotonic() - started:.1f} s, {recipe.steps} steps a picture.")
-        return Result(recipe, files, tuple(told), self._command(asked, recipe))
-
-    def _command(self, asked: Asked, recipe: Recipe) -> str:
-        """The `attnctl generate` that draws the same."""
-        words = ["attnctl", "generate", asked.prompt]
-        regions = lines(asked.regions)
-        options: dict[str, Any] = {
-            "--model": self.model if self.model != "glyph-sd" else None,
-            "--dtype": self.dtype if self.dtype != "float32" else None,
-            "--negative": recipe.negative,
-            "--seed": recipe.seed,
-            "--steps": recipe.steps,
-            "--guidance": None if recipe.guidance is None else f"{recipe.guidance:g}",
-            "--size": asked.size.strip() or None,
-        }
-        for name, values in (("--region", regions), ("--control", recipe.controls[bool(regions) :])):
-            words += [word for value in values for word in (name, value)]
-        words += [str(word) for name, value in options.items() if value is not None for word in (name, value)]
-        words += ["--compare"] * bool(recipe.controls) + ["--maps"] * asked.maps
-        return shlex.join(words)
+    result = [ui.status, ui.preview, ui.pictures, ui.heat, ui.sheet, ui.curves, ui.command, ui.python, ui.recipe]
+    run = gr.on(
+        [ui.go.click, ui.prompt.submit], drawn, [ui.history, *fields], [*result, ui.gallery, ui.history],
+        show_progress="full", show_progress_on=ui.status, api_visibility="private", **TURN,
+    )  # fmt: skip
+    back = {ui.status: "Stopped: nothing was drawn.", ui.preview: gr.update(value=None, visible=False)}
+    back[ui.pictures] = gr.update(visible=True)
+    seen = "() => document.getElementById('status').scrollIntoView({block: 'nearest', behavior: 'smooth'})"
+    ui.go.click(None, js=seen, api_visibility="private")  # on a phone it is further down
+    ui.stop.click(lambda: back, None, list(back), cancels=[run], **QUIET)
+    run.failure(lambda: back, None, list(back), **QUIET)
+    ui.gallery.select(again, [ui.history, ui.stamp], [*fields, *result, ui.stamp], **QUIET)
+    ui.file.upload(dropped, [ui.file, ui.stamp], [*fields, ui.stamp], **QUIET)
 
 
-class _Stopped(Exception):
-    """The visitor has gone, or has cancelled."""
+def _recipe_file(result: Result) -> str:
+    path = result.final.with_suffix(".json")
+    path.write_text(result.recipe.to_json(), encoding="utf-8")
+    return str(path)
 
 
-class _Bar:
-    """What drawing uses of a rich bar: it passes the steps on, and stops the drawing when it is told to."""
+def batch(studio: Service) -> None:
+    """The tab of batches."""
+    gr.Markdown(
+        "Many pictures from a file: rows with `prompt`, `seed`, `controls` and so on, as `attnctl batch` takes them; "
+        f"at most {studio.limits.jobs} pictures here."
+    )
+    kinds = [".yaml", ".yml", ".jsonl", ".csv"]
+    file = gr.File(label="Job file: .yaml, .jsonl or .csv", file_types=kinds, type="filepath", elem_id="jobs")
+    with gr.Row():
+        go, stop = gr.Button("Draw them", variant="primary", scale=3), gr.Button("Cancel", scale=1)
+    said = gr.Markdown("Drop a job file, then press **Draw them**.", elem_id="batch-status")
+    pictures = gr.Gallery(label="Pictures", columns=6, fit_columns=False, object_fit="contain", interactive=False)
+    archive = gr.DownloadButton("Take them all (zip)", interactive=False, elem_id="zip")
 
-    def __init__(self, told: Any) -> None:
-        self.rich: Any = self
-        self.stop = Event()
-        self._told = told
+    @told
+    def draw(path: str | None) -> Iterator[tuple[Any, ...]]:
+        if path is None:
+            raise refused("drop a job file first")
+        for one in service_batch.run(studio, Path(path)):
+            report = [f"{one.done} of {one.total} pictures.", *(f"- failed: {fault}" for fault in one.faults)]
+            ready = gr.DownloadButton(value=one.archive and str(one.archive), interactive=one.archive is not None)
+            yield "\n".join(report), one.pictures, ready
 
-    def add_task(self, label: str, total: int | None) -> int:
-        self._label, self._total, self._done, self._start = label, total or 0, 0, time.monotonic()
-        return 0
-
-    def stop_task(self, task: int) -> None:
-        pass
-
-    def advance(self, task: int, steps: int) -> None:
-        if self.stop.is_set():
-            raise _Stopped
-        self._done += steps
-        left = (time.monotonic() - self._start) / self._done * max(0, self._total - self._done)
-        self._told.put(Step(self._label, self._done, self._total, left))
+    run = go.click(draw, file, [said, pictures, archive], api_visibility="private", show_progress="minimal",
+                   show_progress_on=said, **TURN)  # fmt: skip
+    stop.click(lambda: "Cancelled.", None, said, cancels=[run], **QUIET)

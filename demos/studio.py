@@ -1,232 +1,241 @@
-"""The studio: one page on which a control is tried, with the plain picture of the same seed beside it.
+"""The studio's page: a control is tried, with the plain picture of the same seed beside it. `attnctl ui` opens it.
 
-`attnctl ui` opens it. The page holds no control logic: what a visitor asks for is text, as on the command line.
+What a visitor asks for is text, as on the command line: controls and regions, one a line. Chips, cards, canvas and head
+grid show that text and change it. The page holds no control logic.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Iterator
-from dataclasses import asdict
-from functools import wraps
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
 
-from attnctl.app.site_table import HEADINGS, site_rows
+from attnctl.app.clicks import clicked, toggled
+from attnctl.app.control_settings import Card, Setting, cards, changed, switched
+from attnctl.app.region_text import redrawn
+from attnctl.app.service import Service, lines
 from attnctl.errors import AttnctlError
 
-from .cards import EXAMPLES, cards
-from .runs import STEPS, Asked, Result, Studio, lines, region_preview, restored, things
+from . import heads, regions, runs
+from .api import endpoints, opened, refused, told
+from .cards import EXAMPLES, QUIET, form, listed
+from .chips import SHOWS, chips
 
-CSS = """
-footer {display: none !important}
-.gradio-container {max-width: 1360px !important}
-#pictures img, #sheet img {image-rendering: auto}
-#status p {font-size: 0.95rem}
-"""
-_QUEUE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}  # one run at a time
-_SHOWN = 24  # pictures of a session's gallery
-
-
-def _told(function: Any) -> Any:
-    """The function, whose errors that the visitor can mend are one line on the page."""
-
-    @wraps(function)
-    def shown(*values: Any) -> Any:
-        try:
-            return function(*values)
-        except AttnctlError as error:
-            raise gr.Error(str(error), duration=8, print_exception=False) from None
-
-    return shown
+CLICKS = ("keeps it in the picture", "shows its heat map")
+_GALLERY: dict[str, Any] = {
+    "interactive": False,
+    "fit_columns": False,
+    "object_fit": "contain",
+    "buttons": ["download", "fullscreen"],
+}
+_CODE: dict[str, Any] = {"interactive": False, "lines": 1, "wrap_lines": True, "show_line_numbers": False}
+_IMAGE: dict[str, Any] = {"interactive": False, "buttons": ["download", "fullscreen"]}
 
 
-def page(studio: Studio) -> gr.Blocks:
-    """The page on this studio's model."""
+def page(studio: Service) -> gr.Blocks:
+    """The page on this service's models."""
     known = cards()
-
-    def generate(
-        prompt: str, controls: str, regions: str, seed: float, steps: float, guidance: float, maps: bool,
-        negative: str, size: str, history: list[tuple[str, str]],
-    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
-        """Draw the prompt plain and with the controls, from the same seed.
-
-        Args:
-            prompt: what to draw.
-            controls: one a line, as name(phrase, phrase, setting=value).
-            regions: one a line, as phrase: left,top,right,bottom in shares of the picture.
-            seed: of both pictures.
-            steps: of denoising.
-            guidance: classifier-free guidance.
-            maps: also show where each word is looked at.
-            negative: what not to draw.
-            size: WIDTHxHEIGHT in pixels; empty for the model's own.
-        """
-        rest = [gr.skip()] * 5
-        try:
-            asked = Asked(
-                prompt or "", controls or "", regions or "", int(seed), int(steps), float(guidance), maps,
-                negative or "", size or "",
-            )  # fmt: skip
-            for one in studio.run(asked):
-                if not isinstance(one, Result):
-                    which = "the plain picture" if one.kind == "plain" else "the controlled picture"
-                    yield (f"Drawing {which}: step {one.done} of {one.total}, {one.seconds:.0f} s left.", *rest)
-                    continue
-                plain = str(one.files["plain"])
-                controlled = str(one.files.get("controlled", plain))
-                sheet = next((str(one.files[name]) for name in ("comparison", "maps") if name in one.files), None)
-                if "controlled" not in one.files:
-                    said = ["No control was given: this is the plain picture alone.", *one.told]
-                else:
-                    said = list(one.told)
-                label = f"{prompt[:40]}, seed {one.recipe.seed}"
-                history = [(controlled, label), *(old for old in history if old[0] != controlled)][:_SHOWN]
-                report = "\n".join(f"- {line}" for line in said)
-                yield report, (plain, controlled), sheet, one.command, history, history
-        except AttnctlError as error:
-            raise gr.Error(str(error), duration=8, print_exception=False) from None
-        except (TypeError, ValueError, OverflowError):  # an empty number field
-            raise gr.Error("seed, steps and guidance must be numbers", print_exception=False) from None
-
-    def about(name: str) -> tuple[str, str]:
-        card = known[name]
-        return f"**{card.says}**", f"```text\n{card.written}\n```\n{card.whole}"
-
-    @_told
-    def add(name: str, controls: str, prompt: str) -> str:
-        if not prompt.strip():
-            raise gr.Error("write a prompt first: a control speaks of its words", print_exception=False)
-        return "\n".join([*lines(controls), known[name].text(things(prompt))])
-
-    @_told
-    def restore(file: str) -> tuple[Any, ...]:
-        recipe = restored(Path(file))
-        if recipe.model != studio.model:
-            gr.Warning(f"it was drawn with the model {recipe.model}; this studio draws with {studio.model}")
-        size = f"{recipe.width}x{recipe.height}" if recipe.width and recipe.height else ""
-        controls = "\n".join(recipe.controls)
-        numbers = recipe.seed, recipe.steps, recipe.guidance
-        return (recipe.prompt, controls, "", *numbers, bool(recipe.maps), recipe.negative or "", size)
-
-    def sites() -> list[dict[str, str]]:
-        """Every place where the model attends."""
-        return [dict(zip(HEADINGS, row, strict=True)) for row in site_rows(studio.pipe, lambda site: True, None)]
-
-    with gr.Blocks(title="attnctl studio", analytics_enabled=False) as demo:
-        history = gr.State([])
+    with gr.Blocks(title="attnctl studio", analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
         gr.Markdown(
-            f"# attnctl studio\nSay what the attention of **{studio.model}** should do. "
-            "Each run draws your prompt twice from the same seed: plain, and with your controls."
+            "# attnctl studio\nSay what a picture model should pay attention to. Each run draws your prompt twice from "
+            "the same seed: plain, and with your controls.",
+            elem_id="title",
         )
-        with gr.Row():
-            with gr.Column(scale=5, min_width=340):
-                prompt = gr.Textbox(label="Prompt", value=EXAMPLES[0].prompt, lines=1, max_length=1000)
-                gr.Markdown("Or start from a complaint, with a control that mends it:")
-                with gr.Row(elem_id="complaints"):
-                    complaints = [gr.Button(it.complaint, size="sm", min_width=200) for it in EXAMPLES]
-                pick = gr.Dropdown(
-                    [(f"{name}: {card.says.partition(':')[0]}", name) for name, card in known.items()],
-                    value="segregation" if "segregation" in known else next(iter(known)),
-                    label="What should change?",
-                )
-                says = gr.Markdown(about(pick.value)[0])
-                put = gr.Button("Add this control", size="sm")
-                with gr.Accordion("All settings of this control", open=False):
-                    whole = gr.Markdown(about(pick.value)[1])
-                controls = gr.Textbox(
-                    label="Controls", info="One a line: words of the prompt first, then settings.",
-                    value=EXAMPLES[0].controls, lines=1, max_lines=6,
-                )  # fmt: skip
-                with gr.Row():
-                    go = gr.Button("Generate", variant="primary", scale=3)
-                    stop = gr.Button("Cancel", scale=1, min_width=90)
-                with gr.Accordion("Regions: where a thing goes", open=True):
-                    regions = gr.Textbox(
-                        label="Regions", placeholder="cat: 0,0,0.5,1", lines=2, max_lines=6,
-                        info="One a line: words of the prompt, then left,top,right,bottom. 0,0,0.5,1 is the left half.",
-                    )  # fmt: skip
-                    preview = gr.Image(
-                        region_preview(""), label="Your boxes", height=180, interactive=False, buttons=[]
-                    )
-                with gr.Row():
-                    seed = gr.Number(EXAMPLES[0].seed, label="Seed", precision=0, minimum=0, min_width=80)
-                    steps = gr.Number(
-                        studio.usual["steps"], label="Steps", precision=0, minimum=1, maximum=STEPS, min_width=80
-                    )
-                    guidance = gr.Number(studio.usual["guidance"], label="Guidance", minimum=0, min_width=80)
-                maps = gr.Checkbox(True, label="Show where each word is looked at (heat maps)")
-                with gr.Accordion("More: negative prompt, size, restore a picture", open=False):
-                    negative = gr.Textbox(label="Negative prompt", info="What not to draw.")
-                    size = gr.Textbox(label="Size", placeholder="WIDTHxHEIGHT; empty: the model's own")
-                    file = gr.File(
-                        label="Drop a PNG of attnctl here to restore how it was drawn",
-                        file_types=[".png"], type="filepath", height=110,
-                    )  # fmt: skip
-            with gr.Column(scale=7, min_width=340):
-                pictures = gr.ImageSlider(
-                    label="Left of the line: plain. Right of it: with your controls.",
-                    type="filepath", interactive=False, elem_id="pictures", height=420,
-                    buttons=["download", "fullscreen"],
-                )  # fmt: skip
-                status = gr.Markdown("Press Generate. The first picture takes a few seconds.", elem_id="status")
-                gr.Markdown("**Both pictures, and where each word is looked at**")
-                sheet = gr.Image(
-                    label="Sheet", show_label=False, type="filepath", interactive=False, elem_id="sheet",
-                    buttons=["download", "fullscreen"],
-                )  # fmt: skip
-                command = gr.Code(
-                    label="The same on the command line", language="shell", interactive=False, lines=1,
-                    wrap_lines=True, show_line_numbers=False,
-                )  # fmt: skip
-                gr.Markdown("**Your pictures of this visit**")
-                gallery = gr.Gallery(
-                    label="Your pictures of this visit", show_label=False, columns=6, height=170, interactive=False,
-                    fit_columns=False, object_fit="contain", buttons=["download", "fullscreen"],
-                )  # fmt: skip
-        filled = [prompt, controls, regions, seed, guidance]
-        for button, it in zip(complaints, EXAMPLES, strict=True):  # in the browser, so that it is there at once
-            values = json.dumps([it.prompt, it.controls, it.regions, it.seed, it.guidance])
-            button.click(None, None, filled, js=f"() => {values}", api_visibility="private")
-        fields = [prompt, controls, regions, seed, steps, guidance, maps, negative, size]
-
-        run = go.click(
-            generate, [*fields, history], [status, pictures, sheet, command, gallery, history],
-            api_name="generate", show_progress="hidden", **_QUEUE,
-        )  # fmt: skip
-        stopped = stop.click(None, cancels=[run], api_visibility="private")
-        stopped.then(lambda: "Cancelled.", None, status, queue=False, api_visibility="private", show_progress="hidden")
-        pick.change(about, pick, [says, whole], queue=False, api_visibility="private")
-        put.click(add, [pick, controls, prompt], controls, api_visibility="private")
-        regions.change(_told(region_preview), regions, preview, api_visibility="private", show_progress="hidden")
-        file.upload(restore, file, fields, api_visibility="private")
-        gr.api(_controls, api_name="controls")
-        gr.api(sites, api_name="sites", **_QUEUE)
+        with gr.Tab("Studio"):
+            ui = SimpleNamespace(
+                history=gr.State([]),
+                card=gr.Textbox("", visible="hidden", label="Open card"),
+                stamp=gr.Number(0, visible="hidden", label="Stamp"),
+            )
+            with gr.Row():
+                with gr.Column(scale=5, min_width=320):
+                    _asked(ui, studio, known)
+                with gr.Column(scale=7, min_width=320):
+                    _shown(ui)
+            _views(ui, studio, known)
+            _words(ui)
+            _cards(ui, studio, known)
+            runs.wire(ui, studio)
+        with gr.Tab("Batch"):
+            runs.batch(studio)
+        endpoints(studio)
     return demo
 
 
-def _controls() -> list[dict[str, Any]]:
-    """Every control: how it is called, what it does, and how it is written with its settings."""
-    return [asdict(card) for card in cards().values()]
+def _asked(ui: SimpleNamespace, studio: Service, known: dict[str, Card]) -> None:
+    """The left side: what is asked for."""
+    first, most, size = EXAMPLES[0], studio.limits, studio.size()
+    gr.Markdown("Start from a complaint:")
+    with gr.Row(elem_id="complaints"):
+        ui.complaints = [gr.Button(it.complaint, size="sm", min_width=200) for it in EXAMPLES]
+    ui.prompt = gr.Textbox(first.prompt, label="Prompt", lines=1, max_length=most.letters)
+    ui.chips = gr.HTML(chips(first.prompt, first.controls), elem_id="chips", **SHOWS)
+    ui.clicks = gr.Radio(
+        CLICKS, value=CLICKS[0], label="A click on a word", elem_id="clicks",
+        info="Two words are kept apart. The dash between two words binds them.",
+    )  # fmt: skip
+    with gr.Row():
+        ui.go = gr.Button("Generate", variant="primary", scale=3)
+        ui.stop = gr.Button("Cancel", scale=1, min_width=90)
+    with gr.Row():
+        ui.seed = gr.Number(first.seed, label="Seed", precision=0, minimum=0, min_width=80)
+        ui.steps = gr.Number(studio.usual["steps"], label="Steps", precision=0, minimum=1, min_width=80)
+        ui.guidance = gr.Number(studio.usual["guidance"], label="Guidance", minimum=0, min_width=80)
+    ui.controls = gr.Textbox(
+        first.controls, label="Controls", lines=1, max_lines=6, elem_id="controls",
+        info="One a line: words of the prompt first, then settings. What you click is written here.",
+    )  # fmt: skip
+    with gr.Tab("Where things go"):
+        ui.canvas = gr.HTML(regions.canvas("", first.prompt, size), elem_id="canvas", **regions.SHOWS)
+        ui.regions = gr.Textbox(
+            "", label="Regions", placeholder="cat\ndog", lines=2, max_lines=6, elem_id="regions",
+            info="One a line. Words alone stand side by side, as columns. 'cat: 0,0,0.5,1' is a box: left, top, right, "
+            "bottom, in shares of the picture.",
+        )  # fmt: skip
+    with gr.Tab("What should change"):
+        ui.cards = gr.HTML(listed(known, first.controls, ""), elem_id="cards", **SHOWS)
+        ui.form = gr.Column()
+    with gr.Tab("More"):
+        ui.maps = gr.Checkbox(True, label="Show where each word is looked at (heat maps)")
+        ui.negative = gr.Textbox("", label="Negative prompt", info="What not to draw.")
+        ui.size = gr.Textbox("", label="Size", placeholder="WIDTHxHEIGHT; empty: the model's own")
+        ui.model = gr.Dropdown(
+            list(studio.models), value=studio.models[0], label="Model", allow_custom_value=studio.any_model
+        )
+        ui.file = gr.File(
+            label="Drop a PNG of attnctl, or a saved recipe, to restore how it was drawn",
+            file_types=[".png", ".json"], type="filepath", height=110, elem_id="restore",
+        )  # fmt: skip
+
+
+def _shown(ui: SimpleNamespace) -> None:
+    """The right side: what was drawn."""
+    ui.preview = gr.Image(label="Being drawn", visible=False, height=420, elem_id="preview", **_IMAGE)
+    ui.pictures = gr.ImageSlider(
+        label="Left of the line: plain. Right of it: with your controls.", type="filepath", elem_id="pictures",
+        height=420, **_IMAGE,
+    )  # fmt: skip
+    ui.status = gr.Markdown(runs.EMPTY, elem_id="status")
+    with gr.Tabs() as ui.tabs:
+        with gr.Tab("Heat maps", id="maps"):
+            ui.heat = gr.Gallery(
+                label="Where each word is looked at", elem_id="heat", columns=4, height="auto", **_GALLERY
+            )
+        with gr.Tab("Sheet", id="sheet"):
+            ui.sheet = gr.Image(label="Everything on one sheet", type="filepath", elem_id="sheet", **_IMAGE)
+        with gr.Tab("What the control did", id="trace"):
+            ui.curves = gr.Gallery(label="Step by step", columns=2, height="auto", **_GALLERY)
+        with gr.Tab("Use it elsewhere", id="use"):
+            ui.command = gr.Code(label="Copy as command", language="shell", elem_id="command", **_CODE)
+            ui.python = gr.Code(label="Copy as Python", language="python", elem_id="python", **_CODE)
+            ui.recipe = gr.DownloadButton("Save recipe", size="sm", interactive=False)
+    ui.gallery = gr.Gallery(
+        label="Your pictures of this visit: click one to restore it", elem_id="history", columns=6, height=170,
+        allow_preview=False, **_GALLERY,
+    )  # fmt: skip
+
+
+def _views(ui: SimpleNamespace, studio: Service, known: dict[str, Card]) -> None:
+    """What shows the text, and is drawn anew as it changes."""
+
+    def views(*texts: str | None) -> tuple[Any, ...]:
+        prompt, controls, boxes, size, card = (text or "" for text in texts)
+        return chips(prompt, controls), listed(known, controls, card), regions.canvas(boxes, prompt, sized(size))
+
+    def sized(text: str | None) -> tuple[int, int]:
+        try:
+            return studio.size(text or "")
+        except AttnctlError:  # it is being written
+            return studio.size()
+
+    texts = [ui.prompt, ui.controls, ui.regions, ui.size, ui.card]
+    gr.on([one.change for one in texts], views, texts, [ui.chips, ui.cards, ui.canvas],
+          trigger_mode="always_last", **QUIET)  # fmt: skip
+
+    def drawn(boxes: str | None, size: str | None, event: gr.EventData) -> str:
+        return "\n".join(redrawn(event._data["value"], lines(boxes or ""), sized(size)))
+
+    ui.canvas.input(drawn, [ui.regions, ui.size], ui.regions, **QUIET)
+    filled = [ui.prompt, ui.controls, ui.regions, ui.seed, ui.guidance]
+    for button, it in zip(ui.complaints, EXAMPLES, strict=True):  # in the browser, so that it is there at once
+        values = json.dumps([it.prompt, it.controls, it.regions, it.seed, it.guidance])
+        button.click(None, None, filled, js=f"() => {values}", api_visibility="private")
+
+
+def _words(ui: SimpleNamespace) -> None:
+    """Clicks on chips."""
+
+    @told
+    def word(controls: str, click: str, found: list[Any] | None, event: gr.EventData) -> tuple[Any, ...]:
+        key = event._data["value"]
+        if click == CLICKS[0] or key.startswith("link"):
+            return clicked(key, controls or ""), gr.skip(), gr.skip()
+        name = key.partition(" ")[2]
+        of_word = [n for n, (_, caption) in enumerate(found or []) if caption.rpartition(", ")[0] == name]
+        if not of_word:
+            raise refused(f"no heat map of {name!r} yet: press Generate first")
+        return gr.skip(), gr.Gallery(selected_index=of_word[-1]), gr.Tabs(selected="maps")
+
+    ui.chips.select(word, [ui.controls, ui.clicks, ui.heat], [ui.controls, ui.heat, ui.tabs], **QUIET)
+
+
+def _cards(ui: SimpleNamespace, studio: Service, known: dict[str, Card]) -> None:
+    """The open card: its form, whose fields write into the controls."""
+
+    def picked(event: gr.EventData) -> str:
+        return str(event._data["value"])
+
+    ui.cards.select(picked, None, ui.card, **QUIET)
+
+    with ui.form:
+
+        @gr.render([ui.card, ui.controls, ui.prompt, ui.model], triggers=[ui.card.change, ui.stamp.change])
+        def opened(name: str, controls: str, prompt: str, model: str) -> None:
+            if not (card := known.get(name)):
+                return
+            used = any(line.startswith(name) for line in lines(controls))
+            switch = gr.Button("Remove this control" if used else "Use this control", size="sm")
+
+            @told
+            def switched_(controls: str, prompt: str, stamp: int) -> tuple[str, int]:
+                return "\n".join(switched(card.cls, lines(controls), prompt)), stamp + 1
+
+            switch.click(switched_, [ui.controls, ui.prompt, ui.stamp], [ui.controls, ui.stamp], **QUIET)
+
+            def wire(event: Any, setting: Setting, fields: list[Any]) -> None:
+                @told
+                def write(*values: Any) -> str:
+                    *given, controls, prompt = values
+                    value = given[0] if len(given) == 1 else tuple(given)
+                    return "\n".join(changed(card.cls, setting, value, lines(controls), prompt))
+
+                event(write, [*fields, ui.controls, ui.prompt], ui.controls, **QUIET)
+
+            def choose(setting: Setting, text: str) -> None:
+                field = gr.Textbox(text, label="Heads", info="block:head, or click below", interactive=True)
+                places = studio.sites(model)
+                board = gr.HTML(heads.grid(places, text), elem_classes="heads", **SHOWS)
+                wire(field.submit, setting, [field])
+
+                @told
+                def click(text: str, event: gr.EventData) -> tuple[str, str]:
+                    new = toggled(places, text, event._data["value"])
+                    return new, heads.grid(places, new)
+
+                wire(board.select(click, field, [field, board], **QUIET).then, setting, [field])
+
+            form(card, controls, wire, choose)
+            with gr.Accordion("All about it", open=False):
+                gr.Code(f"{card.written}\n\n{inspect.cleandoc(card.whole)}", show_label=False, language=None, **_CODE)
 
 
 def serve(
-    model: str, host: str, port: int, auth: tuple[str, str] | None, device: str | None, dtype: str, browser: bool
+    studio: Service, host: str, port: int, auth: tuple[str, str] | None, browser: bool = False, mcp: bool = False
 ) -> None:
-    """Load the model and answer visitors until Ctrl-C."""
-    demo = page(Studio(model, device, dtype))
+    """Answer visitors until Ctrl-C."""
+    demo = page(studio)
     print(f"the studio is at http://{host}:{port} (Ctrl-C ends it)", flush=True)
-    demo.launch(server_name=host, server_port=port, auth=auth, inbrowser=browser, quiet=True, **LAUNCH)
-
-
-LAUNCH: dict[str, Any] = {
-    "share": False,
-    "ssr_mode": False,
-    "run_history": False,
-    "max_file_size": "20mb",
-    "css": CSS,
-    "theme": gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"]),
-}
-"""How the page is served, whoever serves it."""
+    opened(demo, studio, server_name=host, server_port=port, auth=auth, inbrowser=browser, mcp_server=mcp)

@@ -36,6 +36,7 @@ from attnctl.errors import ControlError, NoSiteError, PhraseError, short
 from attnctl.regions import Region
 from attnctl.words.phrases import TextStream, layout
 
+from .regions import check_neighbours
 from .row_groups import Group, Part, RowGroups, alike, joined
 
 # --- maths ------------------------------------------------------------------------------------------------------------
@@ -241,6 +242,7 @@ class Couple(Control):
         return Coupled([rows[one] for one in prompts], against, run.whole, run.view)
 
     def inputs(self, step: Step) -> Mapping[str, Any]:
+        check_neighbours(step)
         state: Coupled = step.run.state(self)
         text = step.arguments.get("encoder_hidden_states")
         if not self._acts(step) or not isinstance(text, Tensor):

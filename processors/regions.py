@@ -17,7 +17,7 @@ model's own kernel, and no mask of all queries by all keys is made.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -115,6 +115,14 @@ def placed_phrases(run: Run, masks: Masks) -> Placed:
     return Placed(tuple(region for _, region in masks), found, run.whole, run.view)
 
 
+def check_neighbours(step: Step) -> None:
+    """Raise if masks of IP-Adapter images were given to a model whose processor drops them without a word."""
+    if "ip_adapter_masks" in (step.arguments.get("joint_attention_kwargs") or {}):
+        raise ControlError(
+            f"{step.run.family.name} ignores ip_adapter_masks: its IP-Adapter has no regions in diffusers"
+        )
+
+
 def open_in(step: Step, window: tuple[float, float]) -> bool:
     """Whether this step lies in a window, and has conditional rows."""
     return step.rows.cond is not None and window[0] <= step.fraction < window[1]
@@ -170,6 +178,10 @@ class Regions(Control):
         if self.strength or self.inside:
             check_window_in_run(self.window, run)
         return placed_phrases(run, self.masks)
+
+    def inputs(self, step: Step) -> Mapping[str, Any]:
+        check_neighbours(step)
+        return {}
 
     def attend(self, call: AttentionCall, proceed: Proceed) -> Tensor:
         if not open_in(call.step, self.window) or not (self.strength or self.inside):

@@ -14,7 +14,7 @@ import pytest
 import tiny as pipelines
 
 from attnctl.app import recipe
-from attnctl.app.batch import folder, jobs, planning, processes, running
+from attnctl.app.batch import folder, jobs, planning, process_worker, processes, running
 from attnctl.app.batch.results import How
 from attnctl.app.batch.shares import Share
 from attnctl.app.command import UsageError
@@ -50,12 +50,12 @@ def test_a_worker_tells_of_what_it_is_sent(tiny, tmp_path):
     plan = planning.plan(jobs.check_jobs([("row 1", row)]), tmp_path, group=2)
     lines = StringIO("".join(json.dumps(processes.written(group)) + "\n" for group in plan.groups))
     told = []
-    processes.work(asdict(How("cpu")), lines, told.append)
+    process_worker.work(asdict(How("cpu")), lines, told.append)
     assert [one for one in told if "ready" in one] == [{"ready": True}] * 3
     assert [one for one in told if "key" in one] == [{"key": task.key, "error": None} for task in plan.missing]
     assert len(pictures(tmp_path)) == 3
     told.clear()
-    processes.work(asdict(How("cuda:97")), lines, told.append)
+    process_worker.work(asdict(How("cuda:97")), lines, told.append)
     assert len(told) == 1 and "device 'cuda:97' cannot be used here" in told[0]["halt"]
 
 
@@ -89,7 +89,7 @@ def test_a_failure_in_a_process_is_told(tiny, tmp_path):
 KILLER = """
 import os, sys
 from attnctl.app import drawing
-from attnctl.app.batch import processes
+from attnctl.app.batch import process_worker
 
 own = drawing.draw_together
 
@@ -102,7 +102,7 @@ def draw_together(pipe, recipes, *rest, **settings):
     return own(pipe, recipes, *rest, **settings)
 
 drawing.draw_together = draw_together
-processes.main()
+process_worker.main()
 """
 
 

@@ -67,3 +67,17 @@ def test_image_to_image():
     with attach(pipe, Couple({"a red dog": (0, 0, 1, 1)})):
         got = tiny.draw(pipe, **settings)
     assert differs(got, plain) and close(got, tiny.draw(pipe, "a red dog", **settings), 1e-4)
+
+
+def test_image_prompts_by_region_beside_regions():
+    """diffusers' own masks of IP-Adapter images go on to count."""
+    pipe, drawn = tiny.sd1(), []
+    pipe.load_ip_adapter(tiny.ip_adapter(pipe.unet), subfolder=None, weight_name=None, image_encoder_folder=None)
+    embeds = [torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(5))]
+    for left in (True, False):
+        mask = torch.zeros(1, 1, 32, 48)
+        mask[..., : 24 if left else 48] = 1
+        with attach(pipe, Couple({"a red dog": (0, 0, 0.5, 1)})):
+            settings = {"ip_adapter_image_embeds": embeds, "cross_attention_kwargs": {"ip_adapter_masks": [mask]}}
+            drawn.append(tiny.draw(pipe, **settings))
+    assert differs(*drawn)

@@ -1,28 +1,36 @@
-"""The studio: its runs without a page, its cards, and its page asked as a program asks it."""
+"""The studio: cards, chips, canvas and head grid as views of one text, and the page asked as a program asks it."""
 
-import shlex
+import re
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
+from pathlib import Path
 
+import httpx
 import pytest
 from PIL import Image
 
 gradio = pytest.importorskip("gradio")
 
-from attnctl.app import asked, cli, recipe  # noqa: E402
-from attnctl.app.control_text import parse_control  # noqa: E402
-from attnctl.demos.cards import EXAMPLES, cards  # noqa: E402
-from attnctl.demos.runs import SIDE, STEPS, Asked, Result, Step, Studio, region_preview, restored  # noqa: E402
+from attnctl import demos  # noqa: E402
+from attnctl.app import asked, recipe  # noqa: E402
+from attnctl.app.clicks import toggled  # noqa: E402
+from attnctl.app.control_settings import cards  # noqa: E402
+from attnctl.app.region_text import redrawn  # noqa: E402
+from attnctl.app.service import Asked, Limits, Service  # noqa: E402
+from attnctl.demos import heads, regions  # noqa: E402
+from attnctl.demos.api import opened  # noqa: E402
+from attnctl.demos.cards import EXAMPLES, listed  # noqa: E402
+from attnctl.demos.chips import chips  # noqa: E402
+from attnctl.demos.studio import page  # noqa: E402
 from attnctl.engine.control import Control, Lane  # noqa: E402
 from attnctl.errors import AttnctlError  # noqa: E402
-
-ASKED = Asked("a cat and a dog", "segregation(cat, dog)", "cat: 0,0,0.5,1", seed=1, steps=2, maps=True)
 
 
 @pytest.fixture(scope="module")
 def studio():
-    return Studio()
+    return Service(limits=Limits(upload=1))
 
 
 def last(steps):
@@ -34,95 +42,16 @@ def pixels(path):
         return recipe.pixel_hash(picture)
 
 
-def generated(words, folder, monkeypatch, capsys):
-    """The pictures of `attnctl generate`, run in this process, by what they show."""
-    monkeypatch.setattr(sys, "argv", [*words, "--out", str(folder)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 0, capsys.readouterr().err
-    return {path.stem.rpartition("-")[2]: path for path in folder.glob("*.png")}
+def pressed(html):
+    """The keys of the buttons that are pressed."""
+    return re.findall(r'data-k="([^"]*)" aria-pressed="true"', html)
 
 
-# --- runs -------------------------------------------------------------------------------------------------------------
-
-
-def test_a_run_draws_what_its_command_draws(studio, tmp_path, monkeypatch, capsys):
-    *steps, result = studio.run(ASKED)
-    assert [(step.kind, step.done, step.total) for step in steps] == [
-        (kind, done, 2) for kind in ("plain", "controlled") for done in (1, 2)
+def test_the_demo_is_small():
+    files = [
+        path for path in Path(demos.__file__).resolve().parent.glob("*.*") if path.suffix in (".py", ".js", ".css")
     ]
-    by_hand = ["attnctl", "generate", "a cat and a dog", "--region", "cat: 0,0,0.5,1", "--compare", "--maps"]
-    by_hand += ["--control", "segregation(cat, dog)", "--seed", "1", "--steps", "2"]
-    for words in (by_hand, shlex.split(result.command)):
-        files = generated(words, tmp_path / str(len(words)), monkeypatch, capsys)
-        assert {name: pixels(path) for name, path in files.items()} == {
-            name: pixels(path) for name, path in result.files.items()
-        }
-        _, known = recipe.read(files["comparison"])
-        assert known == recipe.read(result.files["comparison"])[1]
-    assert any("the judge sees" in line for line in result.told)
-
-
-def test_without_a_control_one_picture_is_drawn(studio, tmp_path, monkeypatch, capsys):
-    result = last(studio.run(Asked("a cat", steps=2, maps=False)))
-    assert list(result.files) == ["plain"]
-    files = generated(shlex.split(result.command), tmp_path, monkeypatch, capsys)
-    assert pixels(files["plain"]) == pixels(result.files["plain"])
-
-
-def test_a_run_that_is_closed_stops_and_frees_the_model(studio):
-    before = last(studio.run(ASKED))
-    steps = studio.run(Asked("a cat and a dog", "segregation(cat, dog)", steps=50))
-    assert isinstance(next(steps), Step)
-    steps.close()
-    assert not studio._one.locked() and "progress_bar" not in vars(studio.pipe)
-    again = last(studio.run(ASKED))
-    assert isinstance(again, Result) and pixels(again.files["controlled"]) == pixels(before.files["controlled"])
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"controls": "segregatoin(cat, dog)"}, "did you mean segregation"),
-        ({"controls": "segregation(cat, horse)"}, "horse"),
-        ({"controls": "regions(masks=[[cat, mask.png]])"}, "no files"),
-        ({"controls": "regions(masks=[[cat, /dev/zero]])"}, "no files"),
-        ({"controls": "regions(masks=[[cat, 'data:image/png;base64,AAAA']])"}, "no files"),
-        ({"controls": "perturb(heads=heads.json)"}, "no files"),
-        ({"controls": "perturb(heads=../heads)"}, "no files"),
-        ({"regions": "cat: mask"}, "no files"),
-        ({"regions": "cat: 0,0,0.5"}, "left,top,right,bottom"),
-        ({"prompt": " "}, "empty"),
-        ({"steps": STEPS + 1}, str(STEPS)),
-        ({"size": f"{SIDE + 8}x64"}, str(SIDE)),
-        ({"size": "63x64"}, "multiples"),
-        ({"seed": -1}, "seed"),
-        ({"prompt": "a" * 5000}, "too long"),
-    ],
-)
-def test_what_cannot_be_drawn_is_one_line(studio, settings, said):
-    with pytest.raises(AttnctlError) as error:
-        last(studio.run(Asked(**{"prompt": "a cat and a dog", "steps": 2} | settings)))
-    assert said in str(error.value) and "\n" not in str(error.value)
-    assert not studio._one.locked()
-
-
-def test_a_picture_of_ours_tells_how_it_was_drawn_and_another_is_refused_by_its_name(studio, tmp_path):
-    result = last(studio.run(ASKED))
-    known = restored(result.files["controlled"])
-    assert (known.prompt, known.seed, known.controls) == ("a cat and a dog", 1, result.recipe.controls)
-    again = last(studio.run(Asked(known.prompt, "\n".join(known.controls), "", known.seed, known.steps)))
-    assert pixels(again.files["controlled"]) == known.pixels
-    Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
-    with pytest.raises(AttnctlError, match="^other.png carries no attnctl recipe"):
-        restored(tmp_path / "other.png")
-
-
-def test_boxes_are_previewed():
-    blank, boxed = region_preview(""), region_preview("cat: 0,0,0.5,1\ndog: 0.5,0,1,1")
-    assert recipe.pixel_hash(blank) != recipe.pixel_hash(boxed)
-    with pytest.raises(AttnctlError, match="no files"):
-        region_preview("cat: /etc/hostname")
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) < 900
 
 
 # --- cards ------------------------------------------------------------------------------------------------------------
@@ -130,20 +59,83 @@ def test_boxes_are_previewed():
 
 @dataclass(frozen=True)
 class ToyGlow(Control):
-    """Glows: what a toy does. More of it."""
+    """Glows: what a toy does.
 
-    lane = Lane.IDENTITY
+    Settings:
+        strength: how much it glows.
+        warm: as the sun does.
+    """
+
     strength: float = 0.25
+    warm: bool = False
+    lane = Lane.IDENTITY
 
 
 def test_every_control_has_a_card_and_so_has_a_new_one(monkeypatch):
     known = asked.known_controls()
-    assert len(cards()) == len(known)
-    for card in cards().values():  # what the button writes is a control
-        assert type(parse_control(card.text(["red car", "blue chair"]), known)) in known.values()
+    assert len(cards()) == len(known) and all(card.says and card.settings for card in cards().values())
     monkeypatch.setattr(asked, "known_controls", lambda: known | {"ToyGlow": ToyGlow})
     card = cards()["toy_glow"]
-    assert card.says == "Glows: what a toy does. More of it." and card.written == "toy_glow(strength=0.25)"
+    assert card.says == "Glows: what a toy does." and card.written == "toy_glow(strength=0.25, warm=False)"
+    assert [(one.name, one.kind, one.says) for one in card.settings] == [
+        ("strength", "number", "how much it glows."), ("warm", "switch", "as the sun does."),
+    ]  # fmt: skip
+    shown = listed(cards(), "toy_glow(strength=2)", "toy_glow")
+    assert pressed(shown) == ["toy_glow"] and "in use" in shown and "<b>toy glow</b>" in shown
+
+
+def test_the_form_of_a_new_control_has_its_settings(studio, monkeypatch):
+    known = asked.known_controls()
+    monkeypatch.setattr(asked, "known_controls", lambda: known | {"ToyGlow": ToyGlow})
+    demo = page(studio)
+    (render,) = demo.renderables
+    with gradio.Blocks() as form:
+        render.fn("toy_glow", "toy_glow(strength=0.5)", "a cat", "")
+    fields = {block.label: block.value for block in form.blocks.values() if hasattr(block, "value")}
+    assert fields["Strength"] == 0.5 and fields["Warm"] is False
+
+
+# --- chips ------------------------------------------------------------------------------------------------------------
+
+
+def test_chips_show_what_the_controls_say():
+    html = chips("a blue car and a <red> crown", "segregation(blue car, crown)\nbinding(blue car)")
+    assert pressed(html) == ["word blue", "link blue car", "word car", "word crown"]
+    assert "<red>" not in html and "data-k" not in html.partition("</span>")[0]  # "a" is no button
+    assert pressed(chips("a cat and a dog", "segregation(cat,")) == []  # while it is being written
+    assert "appear here" in chips("", "")
+
+
+def test_a_prompt_cannot_put_anything_into_the_page():
+    html = chips('a cat" onclick="alert(1) and a\u2019"><img src=x onerror=alert(1)>', "")
+    assert not re.search(r"<(?!/?(button|span)\b)", html) and 'onclick="' not in html
+
+
+# --- regions ----------------------------------------------------------------------------------------------------------
+
+
+def test_boxes_are_drawn_from_lines_and_lines_from_boxes():
+    shown = regions.canvas("cat\nred car\ndog: 32,0,64,64", "a cat, a dog and a red car", (128, 64))
+    assert shown["boxes"] == [["cat", 0, 0, 0.5, 1], ["red car", 0.5, 0, 1, 1], ["dog", 0.25, 0, 0.5, 1]]
+    assert shown["ratio"] == 2 and {"cat", "dog", "red car"} <= set(shown["phrases"])
+    text = redrawn([["cat", 0, 0, 0.5, 1.0]], ["cat", "dog: 0,0,"], (128, 64))
+    assert text == ["dog: 0,0,", "cat: 0,0,0.5,1"]  # what is being written stays
+    assert regions.canvas("cat: /etc/hostname", "", (64, 64))["boxes"] == []
+
+
+# --- heads ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_head_grid_shows_heads_and_changes_them(studio):
+    sites = studio.sites()
+    html = heads.grid(sites, "6 7:2")
+    assert pressed(html) == ["6", "6:0", "6:1", "6:2", "6:3", "7:2"]
+    assert toggled(sites, "6 7:2", "7:2") == "6" and toggled(sites, "6", "6:1") == "6:0 6:2 6:3"
+    assert toggled(sites, "6:0", "6") == "6" and toggled(sites, "6 7", "6") == "7"
+    assert toggled(sites, "nonsense", "3:1") == "3:1" and heads.grid([], "mid") == heads.NO_GRID
+
+
+# --- complaints -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.complaint)
@@ -152,38 +144,149 @@ def test_every_example_can_be_drawn(studio, example):
     assert "controlled" in last(studio.run(asked)).files
 
 
-# --- page -------------------------------------------------------------------------------------------------------------
+# --- programs ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def client(studio):
     from gradio_client import Client
 
-    from attnctl.demos.studio import LAUNCH, page
-
     demo = page(studio)
-    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **LAUNCH)
+    _, url, _ = opened(demo, studio, prevent_thread_lock=True)
     yield Client(url, verbose=False)
     demo.close()
 
 
+ASKED = {"prompt": "a cat and a dog", "controls": "segregation(cat, dog)", "regions": "cat: 0,0,0.5,1", "seed": 1}
+
+
 def test_a_program_gets_the_same_pictures(client, studio):
-    words = ("a cat and a dog", "segregation(cat, dog)", "cat: 0,0,0.5,1", 1, 2, 3.0, True, "", "")
-    said, shown, sheet, command, history = client.predict(*words, api_name="/generate")
-    alone = last(studio.run(ASKED))
-    assert [pixels(path) for path in shown] == [pixels(alone.files[name]) for name in ("plain", "controlled")]
-    assert recipe.read(sheet)[1] == recipe.read(alone.files["comparison"])[1]  # our PNG, with its recipe
-    assert command == alone.command and "the judge sees" in said and len(history) == 1
+    answer = client.predict(**ASKED, steps=2, maps=True, api_name="/generate")
+    alone = last(studio.run(Asked(*ASKED.values(), steps=2)))
+    assert {shows: pixels(answer[shows]) for shows in alone.files} == {
+        shows: pixels(path) for shows, path in alone.files.items()
+    }
+    assert recipe.read(Path(answer["comparison"]))[1] == recipe.read(alone.files["comparison"])[1]
+    assert answer["command"] == alone.command and answer["python"] == alone.python
+    assert any("the judge sees" in line for line in answer["report"])
+
+
+def test_a_program_sees_the_steps_and_the_maps(client):
+    job = client.submit("a cat", steps=3, api_name="/generate")
+    job.result()
+    assert {"drawing": "plain", "step": 3, "of": 3} in job.outputs()
+    maps = client.predict("a cat and a dog", seed=1, steps=2, api_name="/maps")
+    assert [(one["word"], one["drawing"]) for one in maps] == [("cat", "plain"), ("dog", "plain")]
+    assert pixels(maps[0]["picture"]) != pixels(maps[1]["picture"])
 
 
 def test_a_program_is_told_what_is_wrong_and_what_there_is(client):
-    with pytest.raises(Exception, match="did you mean segregation"):
-        client.predict("a cat", "segregatoin(cat)", "", 1, 2, 3.0, True, "", "", api_name="/generate")
+    for wrong, said in (
+        ({"controls": "segregatoin(cat)"}, "did you mean segregation"),
+        ({"model": "../../../etc"}, "there are glyph-sd"),
+        ({"model": "org/name"}, "there are glyph-sd"),
+        ({"size": "100000x100000"}, "a side has at most"),
+        ({"size": "4096x4096"}, "a side has at most"),
+        ({"steps": 100_000}, "at most 100"),
+        ({"controls": "regions(masks=[[cat, /etc/passwd]])"}, "no files"),
+        ({"regions": "cat: ../../secret.png"}, "no files"),
+    ):
+        with pytest.raises(Exception, match=said):
+            client.predict("a cat", **{"steps": 2} | wrong, api_name="/generate")
+    with pytest.raises(Exception, match="there are glyph-sd"):
+        client.predict("/etc", api_name="/sites")
     assert {card["name"] for card in client.predict(api_name="/controls")} == set(cards())
     assert client.predict(api_name="/sites")[0]["kind"] == "self"
+
+
+def test_the_endpoints_are_these_and_all_their_arguments_are_told(client):
+    found = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    assert set(found) == {"/generate", "/maps", "/controls", "/sites"}
+    for endpoint in found.values():
+        assert endpoint["description"] and all(one.get("python_type") for one in endpoint["parameters"])
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/etc/passwd", "../../../../etc/passwd", "%2e%2e/%2e%2e/etc/passwd", "attnctl/app/service.py", "README.md",
+     "\\..\\..\\etc\\passwd", "C:/Windows/win.ini", "/proc/self/environ"],
+)  # fmt: skip
+def test_no_file_of_the_machine_can_be_read(client, path):
+    for name in ("file=", "file/"):
+        assert httpx.get(f"{client.src}gradio_api/{name}{path}").status_code in (400, 403, 404)
+
+
+def test_hostile_uploads_stay_where_uploads_lie(client, tmp_path):
+    send = f"{client.src}gradio_api/upload"
+    (name,) = httpx.post(send, files={"files": ("../../../../tmp/hostile;$(id).png", b"x")}).json()
+    assert ".." not in name and Path(name).parent.parent == Path(name).parent.parent.resolve()
+    assert not Path("/tmp/hostile;$(id).png").exists()
+    assert httpx.post(send, files={"files": ("big.png", b"x" * 2**21)}).status_code == 413
+    done = httpx.post(f"{client.src}gradio_api/run/dropped", json={"data": [{"path": "/etc/passwd"}, 0]})
+    assert done.status_code >= 400
+
+
+def test_a_killed_client_frees_the_model_for_the_next(client, studio):
+    code = (
+        "import sys; from gradio_client import Client\n"
+        f"job = Client({client.src!r}, verbose=False).submit('a cat', seed=77, steps=100, api_name='/generate')\n"
+        "next(iter(job)); print('drawing', flush=True); job.result()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as visitor:
+        assert visitor.stdout.readline().strip() == "drawing"
+        visitor.kill()
+    answer = client.predict("a cat", seed=5, steps=2, api_name="/generate")
+    assert pixels(answer["plain"]) == pixels(last(studio.run(Asked("a cat", seed=5, steps=2))).final)
+    assert not list(studio.folder.glob("*-77-*"))  # what nobody waits for was not drawn to its end
+
+
+@pytest.mark.slow
+def test_twenty_visitors_at_once_each_get_their_own_picture(client, studio):
+    from gradio_client import Client
+
+    wanted = [
+        Asked(
+            "a cat and a dog" if number % 2 else "a red car and a lion",
+            ("segregation(cat, dog)" if number % 2 else "binding(red car)") if number % 3 else "",
+            seed=number, steps=4, maps=False,
+        )
+        for number in range(20)
+    ]  # fmt: skip
+    answers = {}
+
+    def visit(number):
+        one = wanted[number]
+        mine = Client(client.src, verbose=False)
+        answers[number] = mine.predict(one.prompt, one.controls, seed=one.seed, steps=one.steps, api_name="/generate")
+
+    visitors = [threading.Thread(target=visit, args=(number,)) for number in range(20)]
+    for visitor in visitors:
+        visitor.start()
+    for visitor in visitors:
+        visitor.join(600)
+    assert len(answers) == 20
+    for number, one in enumerate(wanted):
+        alone = last(studio.run(one))
+        for shows in alone.files:
+            assert pixels(answers[number][shows]) == pixels(alone.files[shows])
+
+
+def test_a_password_keeps_others_out(studio):
+    demo = page(studio)
+    _, url, _ = opened(demo, studio, prevent_thread_lock=True, auth=("me", "secret"))
+    try:
+        asked = httpx.post(f"{url}gradio_api/call/generate", json={"data": ["a cat"]})
+        assert asked.status_code == 401 and httpx.get(f"{url}gradio_api/info").status_code == 401
+    finally:
+        demo.close()
 
 
 def test_without_gradio_the_command_says_what_to_install():
     code = "import sys; sys.modules['gradio'] = None; sys.argv[1:] = ['ui']; from attnctl.__main__ import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and 'pip install "attnctl[ui]"' in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_wrong_text_on_the_page_is_one_line(studio):
+    with pytest.raises(AttnctlError, match="no files"):
+        last(studio.run(Asked("a cat", regions="cat: /etc/hostname")))

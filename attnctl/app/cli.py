@@ -1,7 +1,6 @@
 """The command line. Thin: it parses, calls and reports; torch and diffusers are imported once a command needs them."""
 
 import json
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,25 +13,21 @@ import typer
 from attnctl import __version__
 from attnctl.app.asked import (
     control_of,
-    filled,
-    glyph_things,
     known_controls,
     open_model,
-    read_things,
     recipe_of,
     slug,
     surroundings,
-    with_phrases,
     without_files,
 )
 from attnctl.app.batch.command import batch
 from attnctl.app.command import DEVICE_HELP, MODEL_HELP, UsageError, check_writable, plain, run, tell
-from attnctl.app.limits import LARGEST, STEPS, THREADS
+from attnctl.app.compose_command import compose
+from attnctl.app.concepts_command import app as concepts_app
 from attnctl.app.personalize_command import personalize
-from attnctl.errors import short
+from attnctl.app.request import checked, control_texts, judged, left_alone, mapped_words, size_of
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
     from PIL import Image
 
     from attnctl.app.drawing import Drawing
@@ -53,7 +48,9 @@ DTYPE_HELP = "float32, float16 or bfloat16."
 
 
 app.command(no_args_is_help=True)(batch)
+app.command(no_args_is_help=True)(compose)
 app.command(no_args_is_help=True)(personalize)
+app.add_typer(concepts_app, name="concepts")
 
 
 def main() -> None:
@@ -202,77 +199,6 @@ def generate(
                 print(*seen, *map(plain, paths), sep="\n", flush=True)
 
 
-def checked(
-    prompt: str,
-    seed: int,
-    count: int,
-    steps: int | None,
-    guidance: float | None,
-    size: str | None,
-    threads: int | None,
-) -> tuple[int, int] | None:
-    """The size as numbers, once every plain setting makes sense."""
-    if not prompt.strip():
-        raise UsageError("the prompt is empty")
-    if not 0 <= seed < 2**63 - count:
-        raise UsageError(f"--seed {seed}: a seed is a whole number from 0 to 2^63 - 1, also of the last picture")
-    if count < 1:
-        raise UsageError(f"--count {count}: at least 1")
-    for name, value, most in (("--steps", steps, STEPS), ("--threads", threads, THREADS)):
-        if value is not None and not 1 <= value <= most:
-            raise UsageError(f"{name} {value}: from 1 to {most}")
-    if guidance is not None and not 0 <= guidance < float("inf"):
-        raise UsageError(f"--guidance {guidance}: a number from 0 up")
-    return _size(size)
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+)x(\d+)", text.lower())
-    if match is None:
-        raise UsageError(f"--size {short(text)}: write it as WIDTHxHEIGHT, such as 512x768")
-    if any(len(side.lstrip("0")) > 5 or int(side) > LARGEST for side in match.groups()):
-        raise UsageError(f"--size {short(text)}: a side has at most {LARGEST} pixels")
-    return int(match[1]), int(match[2])
-
-
-def control_texts(prompt: str, model: str, texts: list[str], subjects: str | None, compare: bool) -> list[str]:
-    """The controls as text: those given, or segregation of the subjects, or of the glyph things in the prompt."""
-    from attnctl.app.control_text import write_control
-    from attnctl.loading import embedded
-
-    if subjects is not None:
-        if texts:
-            raise UsageError("--subjects is short for one --control; give one of the two")
-        if subjects.strip().lower() == "auto":
-            return [filled("segregation", "", read_things(prompt), "--subjects auto")]
-        phrases = [phrase.strip() for phrase in subjects.split(",")]
-        if len(phrases) < 2 or not all(phrases):
-            raise UsageError(f"--subjects {subjects!r}: at least two phrases of the prompt, with commas between them")
-        return [write_control("segregation", *phrases)]
-    if texts or not compare:
-        return [with_phrases(text, prompt, model) for text in texts]
-    things = glyph_things(prompt) if model in embedded() else []
-    if len(things) < 2:
-        raise UsageError("--compare has nothing to compare with: give --control, or --subjects 'PHRASE, PHRASE'")
-    chosen = write_control("segregation", *things)
-    tell(f"no control was given, so {chosen} is compared with none")
-    return [chosen]
-
-
-def mapped_words(pipe: "DiffusionPipeline", prompt: str) -> tuple[str, ...]:
-    """The words that --maps shows; those it cannot show are told on stderr."""
-    from attnctl.app.drawing import shown_words
-
-    shown, left_out = shown_words(pipe, prompt)
-    if left_out:
-        tell(f"--maps leaves out what the tokenizer does not keep: {', '.join(left_out)}")
-    if not shown:
-        tell("--maps has no word of the prompt to show")
-    return shown
-
-
 def _save(drawings: "dict[str, Drawing]", recipe: "Recipe", out: Path) -> list[Path]:
     """Write the pictures of one drawing, all or none, the one to look at last; returns their paths.
 
@@ -384,27 +310,6 @@ def judge(
     print(json.dumps(answers, indent=2))
 
 
-def left_alone(drawings: "dict[str, Drawing]") -> list[str]:
-    """Which pictures a control left as they were, one line each."""
-    return [
-        f"{kind:<10}  left alone by {', '.join(drawn.alone)}, which looked ahead and saw every phrase"
-        for kind, drawn in drawings.items()
-        if drawn.alone
-    ]
-
-
-def judged(model: str, drawings: "dict[str, Drawing]") -> list[str]:
-    """What the judge sees in each picture, one line each; it knows the glyph world alone."""
-    from attnctl.loading import embedded
-
-    if model not in embedded():
-        return []
-    from attnctl.glyph import judge as judges
-
-    readings = judges.load().read([drawn.picture for drawn in drawings.values()])
-    return [f"{kind:<10}  the judge sees {reading}" for kind, reading in zip(drawings, readings, strict=True)]
-
-
 @app.command()
 def controls(
     name: Annotated[str | None, typer.Argument(help="Tell everything about this one.", show_default=False)] = None,
@@ -431,7 +336,7 @@ def sites(
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT that the grids are for; default: the model's.")] = None,
 ) -> None:
     """List every place where a model attends: the names that controls and selections speak of."""
-    shape = _size(size)
+    shape = size_of(size)
     from rich.console import Console
     from rich.table import Table
 

@@ -38,7 +38,8 @@ def parse_control(text: str, available: Mapping[str, type]) -> Any:
     cls = named(match["name"], available)
     values, settings = _arguments(match["body"] or "", text)
     try:
-        return _build(cls, values, settings)
+        positional, by_name = _fitting(cls, values, settings)
+        return cls(*positional, **by_name)
     except (TypeError, ValueError) as error:
         raise ControlTextError(f"control {short(text)!r}: {short(str(error), 200)}") from None
 
@@ -51,7 +52,7 @@ def named(name: str, available: Mapping[str, type]) -> type:
     """
     cls = {_plain(one): cls for one, cls in available.items()}.get(_plain(name))
     if cls is None:
-        raise ControlTextError(f"unknown control {short(name)!r}; {instead(name, sorted(map(_snake, available)))}")
+        raise ControlTextError(f"unknown control {short(name)!r}; {instead(name, sorted(map(snake, available)))}")
     return cls
 
 
@@ -65,10 +66,10 @@ def describe(cls: type) -> str:
     """`segregation(*phrases, strength=1.0)`: how a control is written, with its default settings."""
     words = []
     for parameter in inspect.signature(cls).parameters.values():
-        star = "*" if _is_phrases(parameter, _hints(cls)) else ""
-        default = "" if parameter.default is parameter.empty or star else f"={_show(parameter.default)}"
+        star = "*" if is_phrases(parameter, hints_of(cls)) else ""
+        default = "" if parameter.default is parameter.empty or star else f"={shown(parameter.default)}"
         words.append(f"{star}{parameter.name}{default}")
-    return f"{_snake(cls.__name__)}({', '.join(words)})"
+    return f"{snake(cls.__name__)}({', '.join(words)})"
 
 
 def write_control(name: str, *phrases: str, settings: str = "") -> str:
@@ -88,15 +89,48 @@ def phraseless(text: str) -> tuple[str, str] | None:
     return match["name"], body
 
 
+def parts_of(text: str) -> tuple[str, list[str], dict[str, str]]:
+    """Name, phrases and settings of a control, each as it is written.
+
+    Raises:
+        ControlTextError: the text cannot be read.
+    """
+    match = _CALL.fullmatch(text)
+    if match is None:
+        raise ControlTextError(f"cannot read the control {short(text)!r}")
+    parts = [(part, _SETTING.fullmatch(part)) for part in _split(match["body"] or "", text)]
+    settings = {setting["name"]: setting["value"].strip() for _, setting in parts if setting}
+    return match["name"], [part for part, setting in parts if not setting], settings
+
+
+def python_call(text: str, available: Mapping[str, type]) -> str:
+    """The same control as a Python expression: `Segregation('cat', 'red car', strength=0.5)`."""
+    parse_control(text, available)
+    match = _CALL.fullmatch(text)
+    assert match is not None
+    cls = named(match["name"], available)
+    positional, by_name = _fitting(cls, *_arguments(match["body"] or "", text))
+    words = [*map(_literal, positional), *(f"{name}={_literal(value)}" for name, value in by_name.items())]
+    return f"{cls.__name__}({', '.join(words)})"
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, float) and math.isinf(value):
+        return 'float("inf")'
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_literal, value))}{',' * (len(value) == 1)})"
+    return repr(value)
+
+
 def _plain(name: str) -> str:
     return name.replace("_", "").replace("-", "").lower()
 
 
-def _snake(name: str) -> str:
+def snake(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z][A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
-def _show(value: Any) -> str:
+def shown(value: Any) -> str:
     return str(value) if isinstance(value, str) else repr(value)
 
 
@@ -201,7 +235,7 @@ def _value(word: str) -> Any:
 # --- values -> control ------------------------------------------------------------------------------------------------
 
 
-def _hints(cls: type) -> dict[str, Any]:
+def hints_of(cls: type) -> dict[str, Any]:
     """The types of the settings, without those that cannot be resolved: there the control judges its values alone."""
     hints = {}
     for parameter in inspect.signature(cls).parameters.values():
@@ -219,7 +253,7 @@ def _hints(cls: type) -> dict[str, Any]:
     return hints
 
 
-def _is_phrases(parameter: inspect.Parameter, hints: dict[str, Any]) -> bool:
+def is_phrases(parameter: inspect.Parameter, hints: dict[str, Any]) -> bool:
     """Whether all positional values belong to this parameter: `*phrases`, or a first field that holds strings."""
     if parameter.kind is parameter.VAR_POSITIONAL:
         return True
@@ -233,35 +267,36 @@ def _flat(hint: Any) -> set[Any]:
     return found
 
 
-def _build(cls: type, values: list[str], settings: dict[str, Any]) -> Any:
+def _fitting(cls: type, values: list[str], settings: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """What the class is called with: positional arguments, and those by name."""
     parameters = inspect.signature(cls).parameters
-    hints = _hints(cls)
+    hints = hints_of(cls)
     unknown = [
         name for name in settings if name not in parameters or parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
     ]
     if unknown:
-        known = [name for name, one in parameters.items() if not _is_phrases(one, hints)]
+        known = [name for name, one in parameters.items() if not is_phrases(one, hints)]
         raise TypeError(f"there is no setting {short(unknown[0])!r}; {instead(unknown[0], known)}")
     arguments = {name: _fit(name, value, hints.get(name, Any)) for name, value in settings.items()}
     first = next(iter(parameters.values()), None)
-    if first is None or not _is_phrases(first, hints):
+    if first is None or not is_phrases(first, hints):
         names = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
         if len(values) > len(names):
             raise TypeError(f"{len(values)} values for {len(names)} settings")
         pairs = zip(names, values, strict=False)  # a setting may keep its default
-        return cls(*(_fit(name, _value(part), hints.get(name, Any)) for name, part in pairs), **arguments)
+        return [_fit(name, _value(part), hints.get(name, Any)) for name, part in pairs], arguments
     each = hints.get(first.name, Any) if first.kind is first.VAR_POSITIONAL else Any
     phrases = tuple(_fit("a phrase", _phrase(value), each) for value in values)
     if first.kind is first.VAR_POSITIONAL:
-        return cls(*phrases, **arguments)
-    return cls(**({first.name: _fit(first.name, phrases, hints[first.name])} if phrases else {}), **arguments)
+        return list(phrases), arguments
+    return [], ({first.name: _fit(first.name, phrases, hints[first.name])} if phrases else {}) | arguments
 
 
 def _fit(name: str, value: Any, hint: Any) -> Any:
     """`value` as the type of its setting, or a TypeError: a typing slip must not become a strange picture."""
     fitted = _fitted(value, hint)
     if fitted is _UNFIT:
-        raise TypeError(f"{name} = {short(_show(value), 60)} does not fit: it takes {_type_name(hint)}")
+        raise TypeError(f"{name} = {short(shown(value), 60)} does not fit: it takes {_type_name(hint)}")
     return fitted
 
 
@@ -301,5 +336,5 @@ def _fitted_many(value: Any, origin: type, inner: tuple[Any, ...]) -> Any:
 
 def _type_name(hint: Any) -> str:
     if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(_show, get_args(hint)))}"
+        return f"one of {', '.join(map(shown, get_args(hint)))}"
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

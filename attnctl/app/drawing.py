@@ -1,7 +1,7 @@
 """One drawing: the pipeline call a recipe describes, its word maps, and the sheet of two drawings side by side."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from attnctl.app.preview import previewed
 from attnctl.app.region_text import outlined
 from attnctl.errors import AttnctlError, PhraseError, UnsupportedPipelineError, short
 from attnctl.sheets import Cell, grid
@@ -108,6 +109,7 @@ def draw(
     label: str = "",
     bar: "Progress | None" = None,
     trace: bool = False,
+    preview: Callable[[Image.Image], None] | None = None,
 ) -> Drawing:
     """Draw one picture as `recipe` says, under these controls.
 
@@ -118,9 +120,10 @@ def draw(
         label: of the bar.
         bar: shows the steps.
         trace: also note what the controls do, for `Drawing.trace`.
+        preview: is shown, after some of the steps, what the picture looks like so far.
     """
     # Kernels round by the size of a batch, not by what else is in it: so many copies give the picture of the group.
-    return draw_together(pipe, [recipe] * recipe.together, controls, label, bar, trace)[0]
+    return draw_together(pipe, [recipe] * recipe.together, controls, label, bar, trace, preview)[0]
 
 
 def draw_together(
@@ -130,6 +133,7 @@ def draw_together(
     label: str = "",
     bar: "Progress | None" = None,
     trace: bool = False,
+    preview: Callable[[Image.Image], None] | None = None,
 ) -> list[Drawing]:
     """Draw pictures in one call of the pipeline, each from its own seed and prompt.
 
@@ -137,7 +141,7 @@ def draw_together(
         pipe: the pipeline.
         recipes: what to draw. They differ in prompt, negative and seed alone; maps are of one prompt.
         controls, label, bar: as for `draw`.
-        trace: as for `draw`; of one picture.
+        trace, preview: as for `draw`; of one picture.
 
     Raises:
         OutOfMemoryError: fewer at once may fit.
@@ -152,11 +156,14 @@ def draw_together(
     # On the CPU whatever the device, so that a seed means the same noise everywhere.
     noise = [torch.Generator("cpu").manual_seed(recipe.seed) for recipe in recipes]
     settings["generator"] = noise if len(noise) > 1 else noise[0]
+    if preview is not None:
+        size = (first.width, first.height) if first.width and first.height else None
+        settings |= previewed(pipe, size, preview)
     watch = _maps_control(first.maps)
     by_step = _maps_control(_named(controls) or first.maps, keep="step") if trace else ()
     try:
         with ExitStack() as stack:
-            stack.enter_context(_steps_shown(pipe, bar, label))
+            stack.enter_context(steps_shown(pipe, bar, label))
             stack.enter_context(_finite_alone(pipe, controls))
             run = stack.enter_context(attach(pipe, *controls, *watch, *by_step)) if controls or watch else None
             drawn = pipe(**settings).images
@@ -314,7 +321,7 @@ class _Steps:
 
 
 @contextmanager
-def _steps_shown(pipe: "DiffusionPipeline", bar: "Progress | None", label: str) -> Iterator[None]:
+def steps_shown(pipe: "DiffusionPipeline", bar: "Progress | None", label: str) -> Iterator[None]:
     """Send the pipeline's own step bar to `bar`, or nowhere; every pipeline has one, only some have step callbacks."""
     if bar is None:
         from rich.progress import Progress

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from ast import literal_eval
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,14 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 from attnctl.app.layout_text import quoted
 from attnctl.errors import AttnctlError
+from attnctl.files import no_files
 
 if TYPE_CHECKING:
     from attnctl.regions import Region
 
 COLOURS = ("#e41a1c", "#377eb8", "#4daf4a", "#984ea3", "#ff7f00", "#a65628", "#f781bf", "#17becf")
 _BOX = re.compile(r"\s*[\[(]?\s*((?:\d*\.?\d+)(?:\s*[,x ]\s*\d*\.?\d+){3})\s*[\])]?\s*")
+_PAIR = re.compile(r"""\[('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"), \[([\d., ]+)\]\]""")
 
 
 class RegionTextError(AttnctlError):
@@ -77,6 +80,60 @@ def _read(text: str, free: bool = False) -> tuple[str, str]:
     if re.fullmatch(r"[\d\s.,x-]+", where):
         raise RegionTextError(f"--region {text!r}: a box is left,top,right,bottom, such as 0,0,0.5,1 for the left half")
     return phrase, repr(where)
+
+
+def region_lines(control: str) -> list[str] | None:
+    """The lines that `region_control` makes this control of; None if there are none, as where a region is a mask."""
+    from attnctl.app.control_text import parts_of
+
+    name, _, settings = parts_of(control)
+    if name != "regions" or list(settings) != ["masks"]:
+        return None
+    pairs = [(_text(pair[1]), pair[2]) for pair in _PAIR.finditer(settings["masks"])]
+    lines = [f"{phrase}: {box.replace(' ', '')}" for phrase, box in pairs]
+    return lines if lines and region_control(lines) == control else None
+
+
+def _text(quoted: str) -> str:
+    return str(literal_eval(quoted))
+
+
+def columns(lines: Sequence[str]) -> list[str]:
+    """Regions, one a line; those that are a phrase alone stand side by side, in columns of equal width."""
+    alone = [line for line in lines if ":" not in line]
+    edges = [f"{number / max(1, len(alone)):.4g}" for number in range(len(alone) + 1)]
+    boxes = {line: f"{line}: {edges[n]},0,{edges[n + 1]},1" for n, line in enumerate(alone)}
+    return [boxes.get(line, line) for line in lines]
+
+
+Box = list[Any]  # phrase, left, top, right, bottom, in shares of the picture
+
+
+def box_of(line: str, size: tuple[int, int]) -> Box | None:
+    """The box of a line; None where it is none, as while it is being written. It reads no file.
+
+    Args:
+        line: as for `region_control`.
+        size: width and height of the picture, for a box in pixels.
+    """
+    from attnctl.app.control_text import parse_control
+    from attnctl.processors import Regions
+
+    try:
+        with no_files():
+            ((phrase, region),) = parse_control(region_control([line]), {"Regions": Regions}).masks
+    except AttnctlError:
+        return None
+    if region.box is None:
+        return None
+    scale = (1, 1) if max(region.box) <= 1 else size
+    return [phrase, *(round(side / scale[number % 2], 4) for number, side in enumerate(region.box))]
+
+
+def redrawn(boxes: Sequence[Box], lines: Sequence[str], size: tuple[int, int]) -> list[str]:
+    """The lines of these boxes, behind those lines that are none yet."""
+    kept = [line for line in columns(lines) if box_of(line, size) is None]
+    return [*kept, *(f"{phrase}: {','.join(f'{side:g}' for side in sides)}" for phrase, *sides in boxes)]
 
 
 def outlined(picture: Image.Image, regions: Sequence[tuple[str, Region]]) -> Image.Image:

@@ -16,14 +16,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Lock, Thread
-from typing import IO, Any
+from typing import Any
 
 from attnctl.app.batch.folder import note_failure
 from attnctl.app.batch.jobs import Job
 from attnctl.app.batch.planning import Group, Task
 from attnctl.app.batch.results import How, Result, drawn, failed
 from attnctl.app.command import UsageError
-from attnctl.errors import AttnctlError
 
 _TRIES = 2  # a group that kills two processes would kill more
 
@@ -148,7 +147,7 @@ class _Shared:
 
 def _started(device: str, how: How, count: int) -> "subprocess.Popen[str]":
     settings = asdict(replace(how, device=device))
-    words = [sys.executable, "-m", "attnctl.app.batch.processes", json.dumps(settings)]
+    words = [sys.executable, "-m", "attnctl.app.batch.process_worker", json.dumps(settings)]
     root = str(Path(__file__).parents[3])  # the package that runs here, wherever it was found
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     own = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}  # of torch, unless somebody says it
@@ -184,58 +183,3 @@ def read(content: dict[str, Any]) -> Group:
         }
         tasks.append(Task(Job(**fields), one["place"], one["key"], Path(one["path"])))
     return Group(tuple(tasks), frozenset(content["missing"]))
-
-
-# --- the worker -------------------------------------------------------------------------------------------------------
-
-
-def work(settings: dict[str, Any], lines: IO[str], say: Callable[[dict[str, Any]], None]) -> None:
-    """Draw the groups that come in as lines."""
-    from rich.progress import Progress
-
-    from attnctl.app.batch import running
-    from attnctl.app.batch.worker import Worker
-    from attnctl.loading import usable_device
-
-    how = How(**settings | {"scores": tuple(settings["scores"])})
-    waiting: Queue[str] = Queue()
-
-    def listen() -> None:
-        for line in lines:
-            waiting.put(line)
-        waiting.put("")
-        if sys.stdin is lines and os.getppid() != parent:
-            os._exit(1)  # the parent is gone; no picture is broken by this
-
-    parent = os.getppid()
-    Thread(target=listen, daemon=True).start()
-
-    def groups() -> Iterator[Group]:
-        say({"ready": True})
-        while line := waiting.get():
-            yield read(json.loads(line))
-            say({"ready": True})
-
-    try:
-        usable_device(how.device or "cpu")
-        worker = Worker(how.device, how.dtype, how.threads, Progress(disable=True))
-        for result in running.results(groups(), worker, how.scores):
-            say({"key": result.key, "error": result.error})
-    except AttnctlError as error:
-        say({"halt": str(error)})
-
-
-def main() -> None:
-    """The worker's process: what libraries print goes to stderr."""
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-
-    def say(told: dict[str, Any]) -> None:
-        out.write(json.dumps(told) + "\n")
-        out.flush()
-
-    work(json.loads(sys.argv[1]), sys.stdin, say)
-
-
-if __name__ == "__main__":
-    main()
