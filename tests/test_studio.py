@@ -144,6 +144,35 @@ def test_every_example_can_be_drawn(studio, example):
     assert "controlled" in last(studio.run(asked)).files
 
 
+@pytest.mark.slow
+def test_every_complaint_is_seen_in_the_plain_picture_and_mended_in_the_other(studio):
+    from attnctl.glyph import judge
+
+    def seen(reading, concept):
+        return next(thing for thing in reading.things if thing.concept == concept)
+
+    def centre(reading, concept):
+        left, _, right, _ = seen(reading, concept).box
+        return (left + right) / 2
+
+    mended = {
+        EXAMPLES[0]: lambda one: one.has("cat") and one.has("dog"),
+        EXAMPLES[1]: lambda one: (one.colour_of("car"), one.colour_of("crown")) == ("blue", "red"),
+        EXAMPLES[2]: lambda one: centre(one, "cat") < 0.5 < centre(one, "car"),
+        EXAMPLES[3]: lambda one: min(seen(one, "cat").confidence, seen(one, "car").confidence) > 0.95,
+    }
+    assert set(mended) == set(EXAMPLES)
+    for example, sound in mended.items():
+        asked = Asked(
+            example.prompt, example.controls, example.regions, example.seed, None, example.guidance, maps=False
+        )
+        files = last(studio.run(asked)).files
+        plain, controlled = judge.load().read(
+            [Image.open(files[kind]).convert("RGB") for kind in ("plain", "controlled")]
+        )
+        assert not sound(plain) and sound(controlled), example.complaint
+
+
 # --- programs ---------------------------------------------------------------------------------------------------------
 
 
