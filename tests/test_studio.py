@@ -300,6 +300,18 @@ def test_twenty_visitors_at_once_each_get_their_own_picture(client, studio):
             assert pixels(answers[number][shows]) == pixels(alone.files[shows])
 
 
+def test_the_endpoints_are_tools_of_mcp(studio):
+    pytest.importorskip("mcp")
+    demo = page(studio)
+    _, url, _ = opened(demo, studio, prevent_thread_lock=True, mcp_server=True)
+    try:
+        tools = {tool["name"]: tool["inputSchema"] for tool in httpx.get(f"{url}gradio_api/mcp/schema").json()}
+    finally:
+        demo.close()
+    assert set(tools) == {"generate", "maps", "controls", "sites"}
+    assert tools["generate"]["properties"]["prompt"]["description"] == "what to draw."
+
+
 def test_a_password_keeps_others_out(studio):
     demo = page(studio)
     _, url, _ = opened(demo, studio, prevent_thread_lock=True, auth=("me", "secret"))
