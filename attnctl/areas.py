@@ -7,23 +7,31 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attnctl.regions import Region
+from attnctl.regions import WHOLE, Region
+
+Box = tuple[float, float, float, float]
 
 LEAST = 0.02
 """A share of a cell below this counts as none: it would cost a row of attention and show nothing."""
 
 
-def on_grid(region: Region, grid: tuple[int, int], picture: tuple[int, int]) -> Tensor:
+def on_grid(region: Region, grid: tuple[int, int], picture: tuple[int, int], view: Box = WHOLE) -> Tensor:
     """The cells of a grid that belong to a region, (height, width) bool: half of the cell or more lies inside.
 
-    A region that would vanish keeps the cells it covers most. So no region is ever empty.
+    A region that would vanish keeps the cells it covers most. So none is empty but one that lies outside of the view.
     """
-    covered = region.on(grid, picture)
+    covered = region.on(grid, picture, view)
     inside = covered >= 0.5
-    return inside if inside.any() else covered >= covered.max()
+    return inside if inside.any() else (covered >= covered.max()) & (covered > 0)
 
 
-def shares(regions: Sequence[Region], grid: tuple[int, int], picture: tuple[int, int], feather: float = 0.0) -> Tensor:
+def shares(
+    regions: Sequence[Region],
+    grid: tuple[int, int],
+    picture: tuple[int, int],
+    feather: float = 0.0,
+    view: Box = WHOLE,
+) -> Tensor:
     """How each cell of a grid is shared out, (1 + regions, cells) float32; the first row is what no region covers.
 
     Overlaps are resolved on the grid: the smaller region lies on top. A region that would vanish under others, or
@@ -34,12 +42,13 @@ def shares(regions: Sequence[Region], grid: tuple[int, int], picture: tuple[int,
         grid: (height, width) in cells.
         picture: (height, width) in pixels, for boxes in pixels.
         feather: width of soft edges, as a share of the grid's shorter side; 0 is none.
+        view: (left, top, right, bottom) of what the grid shows, in shares of the picture.
 
     Returns:
-        Non-negative, every column sums to 1, every region has a cell.
+        Non-negative, every column sums to 1, every region has a cell if some of it is in view.
     """
-    inside = torch.stack([on_grid(region, grid, picture).flatten() for region in regions])
-    covered = torch.stack([region.on(grid, picture).flatten() for region in regions])
+    inside = torch.stack([on_grid(region, grid, picture, view).flatten() for region in regions])
+    covered = torch.stack([region.on(grid, picture, view).flatten() for region in regions])
     owner = torch.full((inside.shape[1],), -1)
     for number in sorted(range(len(regions)), key=lambda number: (-float(covered[number].sum()), number)):
         owner[inside[number]] = number
@@ -50,7 +59,7 @@ def shares(regions: Sequence[Region], grid: tuple[int, int], picture: tuple[int,
         part = part * (part >= LEAST)
         part = part / part.sum(0)
     for number in range(1, len(part)):
-        if not part[number].any():
+        if not part[number].any() and covered[number - 1].any():
             _take_cell(part, number, covered[number - 1])
     return part
 

@@ -5,7 +5,8 @@ As a module it is the command `attnctl batch`, for launchers: `torchrun --nproc-
 
 from attnctl.app.batch.jobs import Job
 from attnctl.app.batch.planning import Plan, Task, plan
-from attnctl.app.batch.running import Result, run
+from attnctl.app.batch.results import Result
+from attnctl.app.batch.running import run
 
 __all__ = ["Job", "Plan", "Result", "Task", "plan", "run"]
 

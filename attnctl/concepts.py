@@ -16,6 +16,7 @@ from torch import Tensor
 from attnctl.errors import ControlError
 
 INDEX, LORA = "concepts.json", "pytorch_lora_weights.safetensors"
+KOHYA = "kohya_lora.safetensors"
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -59,12 +60,13 @@ class Learnt:
     @property
     def files(self) -> tuple[str, ...]:
         """The names of what `save` writes."""
-        return (LORA, *(embedding_name(one.word) for one in self.concepts), INDEX)
+        return (LORA, KOHYA, *(embedding_name(one.word) for one in self.concepts), INDEX)
 
     def save(self, folder: str | Path) -> Path:
         """Write the files of the concepts into a folder, which is made if need be.
 
         - `pytorch_lora_weights.safetensors`: for `pipe.load_lora_weights(folder)`.
+        - `kohya_lora.safetensors`: the same for ComfyUI and A1111, which read other names.
         - one file for each word, such as `v1.safetensors`: for `pipe.load_textual_inversion(file)`, and in ComfyUI and
           A1111 an embedding called v1.
         - `concepts.json`: words, nouns and settings.
@@ -74,7 +76,7 @@ class Learnt:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         about = {"format": "pt", "concepts": json.dumps([one.phrase for one in self.concepts])}
-        files = {LORA: save(self.lora_keys(), about)}
+        files = {LORA: save(self.lora_keys(), about), KOHYA: save(self.kohya_keys(), about)}
         for concept in self.concepts:
             files[embedding_name(concept.word)] = save(self.embedding(concept.word), {"format": "pt"})
         files[INDEX] = (json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n").encode()
@@ -122,6 +124,15 @@ class Learnt:
         found = {}
         for module, (down, up) in self.lora.items():
             found[f"unet.{module}{DOWN}"], found[f"unet.{module}{UP}"] = down.contiguous(), up.contiguous()
+        return found
+
+    def kohya_keys(self) -> dict[str, Tensor]:
+        """As Kohya's scripts name them: `lora_unet_`, dots as underscores; the alpha is the rank, so the scale is 1."""
+        found = {}
+        for module, (down, up) in self.lora.items():
+            name = f"lora_unet_{module.replace('.', '_')}"
+            found[f"{name}.lora_down.weight"], found[f"{name}.lora_up.weight"] = down.contiguous(), up.contiguous()
+            found[f"{name}.alpha"] = torch.tensor(float(down.shape[0]))
         return found
 
     def embedding(self, word: str) -> dict[str, Tensor]:

@@ -16,6 +16,9 @@ from torch import Tensor
 from .errors import ControlError
 from .files import check_file
 
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+"""The box of all the picture."""
+
 
 class Region:
     """A part of the picture.
@@ -55,12 +58,15 @@ class Region:
         else:
             self.box = _box(what)
 
-    def on(self, grid: tuple[int, int], picture: tuple[int, int]) -> Tensor:
+    def on(
+        self, grid: tuple[int, int], picture: tuple[int, int], view: tuple[float, float, float, float] = WHOLE
+    ) -> Tensor:
         """How much of each cell lies inside, exact by area.
 
         Args:
             grid: (height, width) in cells.
             picture: (height, width) in pixels, for boxes in pixels.
+            view: (left, top, right, bottom) of what the grid shows, in shares of the picture.
 
         Returns:
             (height, width) float32 in [0, 1].
@@ -69,7 +75,8 @@ class Region:
             ControlError: a box in pixels does not lie in the picture.
         """
         if self.mask is not None:
-            rows, columns = (_shares(cells, size) for cells, size in zip(grid, self.mask.shape, strict=True))
+            seen = ((view[1], view[3]), (view[0], view[2]))
+            rows, columns = (_shares(*one) for one in zip(grid, self.mask.shape, seen, strict=True))
             return (rows @ self.mask @ columns.T).clamp(0, 1)
         assert self.box is not None
         left, top, right, bottom = self.box
@@ -80,6 +87,8 @@ class Region:
             if right > width or bottom > height:
                 raise ControlError(f"box {self.box} ends beyond the picture, which is {width} x {height} pixels")
             left, right, top, bottom = left / width, right / width, top / height, bottom / height
+        left, right = ((side - view[0]) / (view[2] - view[0]) for side in (left, right))
+        top, bottom = ((side - view[1]) / (view[3] - view[1]) for side in (top, bottom))
         down, across = _inside(grid[0], top, bottom), _inside(grid[1], left, right)
         return torch.outer(down, across)
 
@@ -196,8 +205,9 @@ def _inside(cells: int, start: float, stop: float) -> Tensor:
     return (length.clamp_min(0) * cells).clamp_max(1).float()
 
 
-def _shares(cells: int, size: int) -> Tensor:
-    """(cells, size): how much of each cell each of `size` rows covers; every row of it sums to 1."""
-    coarse, fine = (torch.linspace(0, 1, count + 1, dtype=torch.float64) for count in (cells, size))
+def _shares(cells: int, size: int, seen: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+    """(cells, size): how much of each cell each of `size` rows covers, where the cells span `seen` of all rows."""
+    coarse = torch.linspace(*seen, cells + 1, dtype=torch.float64)
+    fine = torch.linspace(0, 1, size + 1, dtype=torch.float64)
     common = torch.minimum(coarse[1:, None], fine[1:]) - torch.maximum(coarse[:-1, None], fine[:-1])
-    return (common.clamp_min(0) * cells).float()
+    return (common.clamp_min(0) * cells / (seen[1] - seen[0])).float()

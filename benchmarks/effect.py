@@ -157,6 +157,10 @@ def run() -> NoReturn:
         import perturb_effect
 
         command.run(perturb_effect.app, "effect perturb", sys.argv[2:])
+    if sys.argv[1:2] == ["personalize"]:
+        import personalize_effect
+
+        command.run(personalize_effect.app, "effect personalize", sys.argv[2:])
     if sys.argv[1:2] == ["regions"]:
         import placing
 

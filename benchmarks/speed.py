@@ -5,6 +5,8 @@
 attach: an attachment without controls, and one that sits at every site and does nothing.
 guided: guidance by gradients, see guided.py; ours against diffusers' Attend-and-Excite, in time and memory.
 perturb: perturbation guidance, see perturb_speed.py; ours against diffusers' PAG pipeline of SD 3, in time and memory.
+regions: regions with prompts of their own, see regions_speed.py; it is measured on flux and sd15.
+batch: plans and groups of `attnctl batch`, see batch_speed.py.
 maps: the maps of all words, against the plain run; beside it, recording as DAAM does it, by materialised probabilities.
 """
 
@@ -19,8 +21,10 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, ClassVar
 
+import batch_speed
 import guided
 import perturb_speed
+import regions_speed
 import torch
 import typer
 from models import MODELS, build
@@ -115,7 +119,7 @@ def machine() -> dict[str, Any]:
 
 
 app = typer.Typer(add_completion=False)
-APART = ("guided", "perturb")  # topics with a table of their own
+APART = ("guided", "perturb", "regions", "batch")  # topics with a table of their own
 
 
 @app.command(help=__doc__)
@@ -124,6 +128,7 @@ def main(
     model: Annotated[list[str], typer.Option(help=f"Any of {', '.join(MODELS)}.")] = list(MODELS),  # noqa: B006
     repeats: Annotated[int, typer.Option(min=1, help="Measured rounds, after one to warm up.")] = 5,
     out: Annotated[Path, typer.Option(help="File for all times.")] = Path("out/speed.json"),
+    device: Annotated[str, typer.Option(help="For regions: cpu, or cuda in bfloat16.")] = "cpu",
 ) -> None:
     for given, known in ((topics, [*TOPICS, *APART]), (model, MODELS)):
         if unknown := [name for name in given if name not in known]:
@@ -132,8 +137,11 @@ def main(
         found = [measure(name, topic, repeats, bar) for name in model for topic in topics if topic in TOPICS]
         guidance = [guided.measure(name, repeats, bar) for name in model if "guided" in topics]
         perturbation = perturb_speed.measure(repeats, bar) if "perturb" in topics else None
+        areas = [m for m in regions_speed.MODELS if m in model] if "regions" in topics else []
+        placed = [regions_speed.measure(name, repeats, bar, device) for name in areas]
+        batches = batch_speed.measure(repeats, bar) if "batch" in topics else None
     out.parent.mkdir(parents=True, exist_ok=True)
-    results = {"measured": found, "guided": guidance, "perturb": perturbation}
+    results = {"measured": found, "guided": guidance, "perturb": perturbation, "regions": placed, "batch": batches}
     out.write_text(json.dumps({"machine": machine()} | results, indent=1))
     console = Console()
     table = Table("model", "setting", "time / plain", title=f"medians of {repeats} alternating rounds")
@@ -147,6 +155,10 @@ def main(
         guided.show(guidance, console)
     if perturbation:
         perturb_speed.show(perturbation, console)
+    if placed:
+        regions_speed.show(placed, console)
+    if batches:
+        batch_speed.show(batches, console)
     console.print(f"{machine()}", str(out), sep="\n")
 
 

@@ -124,14 +124,3 @@ def opened(demo: gr.Blocks, studio: Service, **how: Any) -> Any:
     """Serve a page of `studio`; `how` goes to gradio's `launch`."""
     demo.queue(max_size=studio.limits.waiting, default_concurrency_limit=8)
     return demo.launch(quiet=True, max_file_size=f"{studio.limits.upload}mb", **LAUNCH, **how)
-
-
-def serve(
-    studio: Service, host: str, port: int, auth: tuple[str, str] | None, browser: bool = False, mcp: bool = False
-) -> None:
-    """Answer visitors until Ctrl-C."""
-    from .studio import page
-
-    demo = page(studio)
-    print(f"the studio is at http://{host}:{port} (Ctrl-C ends it)", flush=True)
-    opened(demo, studio, server_name=host, server_port=port, auth=auth, inbrowser=browser, mcp_server=mcp)

@@ -20,7 +20,7 @@ from attnctl.app.service import Service, lines
 from attnctl.errors import AttnctlError
 
 from . import heads, regions, runs
-from .api import endpoints, refused, told
+from .api import endpoints, opened, refused, told
 from .cards import EXAMPLES, QUIET, form, listed
 from .chips import SHOWS, chips
 
@@ -230,3 +230,12 @@ def _cards(ui: SimpleNamespace, studio: Service, known: dict[str, Card]) -> None
             form(card, controls, wire, choose)
             with gr.Accordion("All about it", open=False):
                 gr.Code(f"{card.written}\n\n{inspect.cleandoc(card.whole)}", show_label=False, language=None, **_CODE)
+
+
+def serve(
+    studio: Service, host: str, port: int, auth: tuple[str, str] | None, browser: bool = False, mcp: bool = False
+) -> None:
+    """Answer visitors until Ctrl-C."""
+    demo = page(studio)
+    print(f"the studio is at http://{host}:{port} (Ctrl-C ends it)", flush=True)
+    opened(demo, studio, server_name=host, server_port=port, auth=auth, inbrowser=browser, mcp_server=mcp)

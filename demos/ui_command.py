@@ -45,7 +45,7 @@ def ui(
         if find_spec(needed) is None:
             raise UsageError(f'this needs {needed}: pip install "attnctl[{extra}]" (in a checkout: ".[{extra}]")')
     from attnctl.app.service import Limits, Service
-    from attnctl.demos.api import serve
+    from attnctl.demos.studio import serve
 
     limits = Limits(
         steps=max_steps, side=max_side, seconds=max_seconds, jobs=max_jobs, upload=max_upload, waiting=max_waiting

@@ -4,6 +4,7 @@ One file per recipe. A recipe may use `attnctl` and `attnctl.processors`; nothin
 """
 
 from .astar import AStarPipeline
+from .compose import Composition, PrimeComposer
 from .personalizer import Personalizer
 
-__all__ = ["AStarPipeline", "Personalizer"]
+__all__ = ["AStarPipeline", "Composition", "Personalizer", "PrimeComposer"]

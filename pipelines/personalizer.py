@@ -11,7 +11,10 @@ thing are trained on one picture, while the attention maps of the words are cali
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,8 @@ from PIL import Image
 
 from attnctl.concepts import Concept, Learnt
 from attnctl.engine.families.registry import family_of
-from attnctl.errors import ControlError, UnsupportedPipelineError
+from attnctl.errors import AttnctlWarning, ControlError, UnsupportedPipelineError
+from attnctl.pipelines.personalize.checkpoint import Checkpoints, about
 from attnctl.pipelines.personalize.concepts import Encoders, caption, read_concepts
 from attnctl.pipelines.personalize.files import learnt_of
 from attnctl.pipelines.personalize.settings import Settings, settings_of
@@ -28,6 +32,8 @@ from attnctl.pipelines.personalize.trainer import Examples, Progress, Trainer
 from attnctl.pipelines.personalize.views import make_views, pixels, squared
 
 Stage = Callable[[str, int, int], None]
+
+FAINT, SHARED = 0.05, 0.5  # glyph-sd gives things it sees 0.2 to 0.4, and things that are not there 0.03 to 0.05
 
 
 class Personalizer:
@@ -67,6 +73,10 @@ class Personalizer:
         picture: Image.Image,
         watch: Callable[[Progress], None] | None = None,
         stage: Stage | None = None,
+        folder: str | Path | None = None,
+        resume: bool = False,
+        every: int = 50,
+        preview: Callable[[int], object] | None = None,
     ) -> Learnt:
         """Train.
 
@@ -74,15 +84,39 @@ class Personalizer:
             picture: one picture with all the things in it.
             watch: told after each step.
             stage: told what is being prepared, how much of it is done, and how much there is.
+            folder: where checkpoints are kept, in `training`, until the training is done; None keeps none.
+            resume: go on from the latest checkpoint in `folder`, to the same weights as without a break; begin if there
+                is none.
+            every: how many steps lie between two checkpoints, and between two previews.
+            preview: called with the number of steps done, while the pipeline draws with the words as they are by then.
+
+        Raises:
+            ControlError: the training in `folder` was begun with something else, or a file cannot be written.
+
+        Warns:
+            AttnctlWarning: the model hardly finds a noun in the picture, or finds two of them in one place.
         """
         settings, tell = self.settings, stage or (lambda name, done, total: None)
         dice = torch.Generator().manual_seed(settings.seed)
-        regular = self._regular(tell) if settings.regular_rows else None
-        views = self._views(picture, tell)
+        kept = Checkpoints(Path(folder), about(self.concepts, settings, picture, self.pipe)) if folder else None
+        found = kept.prepared() if kept and resume else None
+        views, regular = found or (self._views(picture, tell), self._regular(tell) if settings.regular_rows else None)
+        if kept and found is None:
+            kept.prepare(views, regular)
         encoders = Encoders(self.pipe, self.concepts, settings, dice)
         before = {name: p.detach().clone() for name, p in _keys_and_values(self.pipe.unet).items()}
         trainer = Trainer(self.pipe, self.concepts, encoders, settings, dice)
-        trainer.train(views, regular, watch)
+        if kept and found and (state := kept.state()) is not None:
+            trainer.restore(state)
+        else:
+            for line in seen(self.concepts, trainer.look(views)):
+                warnings.warn(line, AttnctlWarning, stacklevel=2)
+        while trainer.step < settings.steps:
+            trainer.train(views, regular, min(settings.steps, trainer.step + every), watch)
+            if kept:
+                kept.keep(trainer.state())
+            if preview and trainer.step < settings.steps:
+                preview(trainer.step)
         return learnt_of(trainer, before)
 
     @torch.no_grad()
@@ -128,6 +162,27 @@ class Personalizer:
             ).images
         finally:
             self.pipe.set_progress_bar_config(**{"disable": False, **bar})
+
+
+def seen(concepts: Sequence[Concept], maps: torch.Tensor) -> list[str]:
+    """What is wrong with the maps of the nouns before training, one line each.
+
+    Args:
+        concepts: what is to be learnt.
+        maps: (concepts, height, width), probabilities.
+    """
+    lines = [
+        f"the model hardly finds a {one.noun!r} in the picture (its map never exceeds {top:.3f}); another noun may do"
+        for one, top in zip(concepts, maps.amax((1, 2)).tolist(), strict=True)
+        if top < FAINT
+    ]
+    shares = maps / maps.sum((1, 2), keepdim=True).clamp_min(1e-12)
+    for one, other in combinations(range(len(concepts)), 2):
+        common = float(torch.minimum(shares[one], shares[other]).sum())
+        if common > SHARED:
+            names = f"{concepts[one].noun!r} and {concepts[other].noun!r}"
+            lines.append(f"{names} look at the same place of the picture ({common:.0%} of their maps); use other nouns")
+    return lines
 
 
 def _keys_and_values(unet: Any) -> dict[str, torch.nn.Parameter]:

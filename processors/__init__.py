@@ -11,12 +11,14 @@ from .binding import Binding
 from .couple import Couple
 from .dense_regions import DenseRegions
 from .excitation import Excitation
+from .lora_regions import LoraRegions
 from .perturb import Pag, Perturb, Seg, Slg, Tpg
+from .placement import Placement
 from .regions import Isolation, Regions
 from .retention import Retention
 from .segregation import Segregation
 
 __all__ = [
-    "AStar", "Binding", "Control", "Couple", "DenseRegions", "Excitation", "Isolation", "Pag", "Perturb", "Regions",
-    "Retention", "Seg", "Segregation", "Slg", "TokenMaps", "Tpg",
+    "AStar", "Binding", "Control", "Couple", "DenseRegions", "Excitation", "Isolation", "LoraRegions", "Pag", "Perturb",
+    "Placement", "Regions", "Retention", "Seg", "Segregation", "Slg", "TokenMaps", "Tpg",
 ]  # fmt: skip

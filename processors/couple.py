@@ -36,6 +36,7 @@ from attnctl.errors import ControlError, NoSiteError, PhraseError, short
 from attnctl.regions import Region
 from attnctl.words.phrases import TextStream, layout
 
+from .regions import check_neighbours
 from .row_groups import Group, Part, RowGroups, alike, joined
 
 # --- maths ------------------------------------------------------------------------------------------------------------
@@ -155,7 +156,8 @@ class Coupled:
 
     prompts: list[Tensor]  # the rows of each region's prompt, (rows, channels)
     negatives: list[Tensor | None]  # and of its negative prompt, if it has one
-    picture: tuple[int, int]
+    picture: tuple[int, int]  # (height, width) of the whole picture, in pixels
+    view: tuple[float, float, float, float]  # what is drawn of it
     base: int = 0  # rows of the base prompt
     groups: dict[Any, RowGroups] = field(default_factory=dict)
 
@@ -237,9 +239,10 @@ class Couple(Control):
         rows = dict(zip(texts, encoded(run, texts), strict=True))
         prompts = [prompt for prompt, _ in self.masks]
         against = [rows[negatives[one]] if one in negatives else None for one in prompts]
-        return Coupled([rows[one] for one in prompts], against, run.picture)
+        return Coupled([rows[one] for one in prompts], against, run.whole, run.view)
 
     def inputs(self, step: Step) -> Mapping[str, Any]:
+        check_neighbours(step)
         state: Coupled = step.run.state(self)
         text = step.arguments.get("encoder_hidden_states")
         if not self._acts(step) or not isinstance(text, Tensor):
@@ -285,7 +288,7 @@ class Couple(Control):
 
     def _groups(self, call: AttentionCall, state: Coupled, chosen: bool) -> RowGroups:
         size = call.q.shape[2] if call.site.kind == "joint" else None
-        part = shares([region for _, region in self.masks], call.grid, state.picture, self.feather)
+        part = shares([region for _, region in self.masks], call.grid, state.picture, self.feather, state.view)
         if not chosen:
             part = torch.cat([torch.ones_like(part[:1]), torch.zeros_like(part[1:])])
         part = mixed(part, self.bases)

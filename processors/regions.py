@@ -17,7 +17,7 @@ model's own kernel, and no mask of all queries by all keys is made.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -77,14 +77,17 @@ class Placed:
 
     regions: tuple[Region, ...]
     tokens: list[list[list[int]]]  # image, phrase, text rows; empty where the image's prompt has no such phrase
-    picture: tuple[int, int]
+    picture: tuple[int, int]  # (height, width) of the whole picture, in pixels
+    view: tuple[float, float, float, float]  # what is drawn of it
     grids: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     made: dict[str, Tensor | RowGroups] = field(default_factory=dict)  # biases and row groups, by what they depend on
 
     def masks(self, grid: tuple[int, int], chosen: Sequence[int]) -> Tensor:
         """(regions, cells) bool."""
         if grid not in self.grids:
-            self.grids[grid] = torch.stack([on_grid(region, grid, self.picture).flatten() for region in self.regions])
+            self.grids[grid] = torch.stack(
+                [on_grid(region, grid, self.picture, self.view).flatten() for region in self.regions]
+            )
         return self.grids[grid][list(chosen)]
 
 
@@ -109,7 +112,15 @@ def placed_phrases(run: Run, masks: Masks) -> Placed:
     for number, (phrase, _) in enumerate(masks):
         if not any(image[number] for image in found):
             raise trouble[phrase]
-    return Placed(tuple(region for _, region in masks), found, run.picture)
+    return Placed(tuple(region for _, region in masks), found, run.whole, run.view)
+
+
+def check_neighbours(step: Step) -> None:
+    """Raise if masks of IP-Adapter images were given to a model whose processor drops them without a word."""
+    if "ip_adapter_masks" in (step.arguments.get("joint_attention_kwargs") or {}):
+        raise ControlError(
+            f"{step.run.family.name} ignores ip_adapter_masks: its IP-Adapter has no regions in diffusers"
+        )
 
 
 def open_in(step: Step, window: tuple[float, float]) -> bool:
@@ -167,6 +178,10 @@ class Regions(Control):
         if self.strength or self.inside:
             check_window_in_run(self.window, run)
         return placed_phrases(run, self.masks)
+
+    def inputs(self, step: Step) -> Mapping[str, Any]:
+        check_neighbours(step)
+        return {}
 
     def attend(self, call: AttentionCall, proceed: Proceed) -> Tensor:
         if not open_in(call.step, self.window) or not (self.strength or self.inside):
@@ -255,7 +270,7 @@ class Isolation(Control):
         return select(available, ("self", "joint") if self.where is None else self.where)
 
     def begin(self, run: Run) -> Placed:
-        return Placed(tuple(region for _, region in self.masks), [], run.picture)
+        return Placed(tuple(region for _, region in self.masks), [], run.whole, run.view)
 
     def attend(self, call: AttentionCall, proceed: Proceed) -> Tensor:
         if not self.window[0] <= call.step.fraction < self.window[1] or call.site.kind not in ("self", "joint"):

@@ -85,7 +85,7 @@ class Keep(OfPhrases):
     def begin(
         self, run: Run, names: tuple[str, ...], texts: Sequence[tuple[TextStream, ...]], found: PhraseTokens
     ) -> Tensor:
-        self.picture = run.picture
+        self.whole, self.view = run.whole, run.view
         super().begin(run, names, texts, found)
         members = found.members[:, self.columns]
         given = torch.tensor([phrase in self.regions for phrase in self.phrases])
@@ -121,7 +121,7 @@ class Keep(OfPhrases):
         grid = masks.shape[-2], masks.shape[-1]
         for column, phrase in enumerate(self.phrases):
             if phrase in self.regions:
-                masks[:, column] = Region(self.regions[phrase]).on(grid, self.picture).to(masks)
+                masks[:, column] = Region(self.regions[phrase]).on(grid, self.whole, self.view).to(masks)
 
 
 @phrases_first

@@ -26,6 +26,7 @@ from attnctl.processors import (
     Isolation,
     Pag,
     Perturb,
+    Placement,
     Regions,
     Retention,
     Segregation,
@@ -98,6 +99,10 @@ CASES = {
         lambda: Isolation({"one": LEFT, "other": (0.5, 0, 1, 1)}, window=(0, 1)),
         lambda: Isolation({"one": (0, 0, 1, 1), "other": (0, 0, 1, 1)}),
         families=("sd1", "sdxl", "sd3", "sd35", "flux"),
+    ),
+    "placement": Case(
+        lambda: Placement(masks={"cat": LEFT, "dog": (0.5, 0, 1, 1)}, relative=0.1),
+        lambda: Placement(masks={"cat": LEFT}, strength=0.0),
     ),
     "dense": Case(
         lambda: DenseRegions({"cat": LEFT, "dog": (0.5, 0, 1, 1)}, window=(0, 1)),

@@ -1,8 +1,7 @@
-"""Batches: job files, their faults, and the folder that goes on where it was."""
+"""Batches: the folder that goes on where it was."""
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import tiny as pipelines
 from PIL import Image
 
 from attnctl.app import cli, recipe
-from attnctl.app.batch import job_files, jobs, running, worker
+from attnctl.app.batch import jobs, running, worker
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "a cat and a dog"
@@ -51,136 +50,11 @@ def command(monkeypatch, capfd):
     return command
 
 
-def rows(file):
-    return [(one.job.prompt, one.job.seed, one.job.controls) for one in job_files.read_jobs(file)]
-
-
 def pictures(folder):
     return {path.name: recipe.pixel_hash(recipe.read(path)[0]) for path in folder.glob("*-????????????.png")}
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
 SEGREGATION = "segregation(cat, dog)"
-
-
-def test_the_three_formats_say_the_same(write):
-    yaml = "- {prompt: a cat and a dog, seed: 3, controls: [segregation]}\n- {prompt: a dog, guidance: 2, size: 64x32}"
-    lines = (
-        '{"prompt": "a cat and a dog", "seed": 3, "controls": "segregation"}\n\n'
-        '{"prompt": "a dog", "guidance": 2, "size": "64x32"}\n'
-    )
-    table = "prompt,seed,controls,guidance,size\na cat and a dog,3,segregation,,\na dog,,none,2,64x32\n"
-    files = [write("a.yaml", yaml), write("a.jsonl", lines), write("a.csv", "\ufeff" + table)]
-    read = [[one.job for one in job_files.read_jobs(file)] for file in files]
-    assert read[0] == read[1] == read[2]
-    assert read[0][0].controls == (SEGREGATION,) and read[0][1].shape == (64, 32)
-    assert [job_files.read_jobs(file)[1].place.rpartition(", ")[2] for file in files] == ["row 2", "line 3", "line 3"]
-
-
-def test_lists_in_a_table(write):
-    table = f'prompt,controls,maps\na cat and a dog,"{SEGREGATION}; retention(cat, dog)",cat; dog\na dog,,true\n'
-    first, second = (one.job for one in job_files.read_jobs(write("a.csv", table)))
-    assert first.controls == (SEGREGATION, "retention(cat, dog)") and first.maps == ("cat", "dog")
-    assert second.maps is True and second.controls == ()
-
-
-def test_axes_make_many_jobs_of_a_row(write):
-    text = """
-    prompt: a cat and a dog
-    product: {seed: [1, 2], controls: [none, segregation]}
-    zip: {steps: [1, 2], guidance: [3, 4]}
-    """
-    file = write("a.yml", text)
-    found = [one.job for one in job_files.read_jobs(file)]
-    assert [(job.steps, job.guidance, job.seed, job.controls) for job in found] == [
-        (steps, guidance, seed, controls)
-        for steps, guidance in ((1, 3.0), (2, 4.0))
-        for seed in (1, 2)
-        for controls in ((), (SEGREGATION,))
-    ]
-    line = {"product": {"prompt": ["a cat", "a dog"], "seed": [0, 1]}}
-    assert [row[:2] for row in rows(write("a.jsonl", json.dumps(line)))] == [
-        ("a cat", 0),
-        ("a cat", 1),
-        ("a dog", 0),
-        ("a dog", 1),
-    ]
-
-
-@pytest.mark.parametrize("file", sorted((ROOT / "demos" / "recipes").glob("*.yaml")), ids=lambda file: file.stem)
-def test_job_files_of_the_demos(file):
-    assert len(job_files.read_jobs(file)) in (12, 16)
-
-
-def test_the_page_about_batches(write):
-    page = (ROOT / "docs" / "batch.md").read_text()
-    (example,) = re.findall(r"    model: glyph-sd\n(?:    .*\n)+", page)
-    assert len(job_files.read_jobs(write("a.yaml", example))) == 16
-    table = "".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
-    assert re.findall(r"`(\w+)`", table) == list(jobs.FIELDS)
-
-
-BAD = {
-    "unknown field.yaml": ("- prompt: a cat\n- {prompt: a dog, sede: 1}", "row 2: unknown field 'sede'; did you mean"),
-    "no prompt.yaml": ("- seed: 1", "row 1: prompt is missing"),
-    "empty prompt.yaml": ("- prompt: ' '", "row 1: prompt ' ': it is empty"),
-    "negative seed.jsonl": (
-        '{"prompt": "a"}\n\n{"prompt": "a", "seed": -1}',
-        "line 3: seed -1: it should be greater than or equal to 0",
-    ),
-    "seed as text.jsonl": ('{"prompt": "a", "seed": "one"}', "line 1: seed 'one': it should be a whole number"),
-    "no number.jsonl": ('{"prompt": "a", "guidance": NaN}', "line 1: guidance nan: it should be a finite number"),
-    "half steps.csv": ("prompt,steps\na,1\na,1.5\n", "line 3: steps '1.5': it should be a whole number"),
-    "size.csv": ("prompt,size\na,512\n", "line 2: size '512': write it as WIDTHxHEIGHT"),
-    "yes and no.yaml": ("prompt: a cat\nnegative: no", "row 1: negative False: it should be text"),
-    "syntax.yaml": ("- prompt: a cat\n- prompt: [a dog\n", "line 3: "),
-    "twice.yaml": ("- prompt: a\n  seed: 1\n  seed: 2", "line 1: seed is given twice"),
-    "syntax.jsonl": ('{"prompt": "a"}\n{"prompt": }', "line 2: it is no JSON"),
-    "no row.jsonl": ('{"prompt": "a"}\n7', "line 2: 7 is no row"),
-    "cells.csv": ("prompt,seed\na,1,2\n", "line 2: 3 cells under 2 fields"),
-    "head.csv": ("promt\na\n", "line 1: unknown field 'promt'; did you mean prompt?"),
-    "quote.csv": ('prompt\n"a\n', "it is no CSV"),
-    "not utf-8.csv": (b"prompt\na\n\xff\n", "line 3: it is not UTF-8 text"),
-    "control.yaml": ("- {prompt: a cat, controls: [segregatio]}", "row 1: controls: unknown control 'segregatio'; did"),
-    "setting.csv": ('prompt,controls\na,"segregation(a, b, strong=1)"\n', "line 2: controls: control 'segregation"),
-    "missing file.yaml": ("- {prompt: a cat, controls: 'perturb(heads=none.json)'}", "row 1: controls: "),
-    "lengths.yaml": ("prompt: a\nzip: {seed: [1, 2], steps: [1]}", "row 1: zip: its lists are as long as each other"),
-    "no list.yaml": ("prompt: a\nproduct: {seed: 1}", "row 1: product.seed 1: it takes a list"),
-    "axis.yaml": ("prompt: a\nproduct: {seeds: [1]}", "row 1: product: unknown field 'seeds'; did you mean seed?"),
-    "axis and field.yaml": ("prompt: a\nseed: 1\nproduct: {seed: [1]}", "row 1: product.seed: the field is given"),
-    "too many.yaml": (f"prompt: a\nproduct: {{seed: {[1] * 400}, steps: {[1] * 400}}}", "row 1: more than 100000 jobs"),
-    "model.yaml": ("- {prompt: a, model: glyph-xd}", "row 1: model 'glyph-xd': unknown model"),
-    "object.yaml": ("- !!python/object:os.system {}", "line 1: "),
-    "loop.yaml": ("- prompt: a\n  controls: &a [*a]", "row 1: controls "),
-    "half a character.jsonl": ('{"prompt": "\\ud800"}', "line 1: prompt '\\ud800': it holds half a character"),
-    "one thing.jsonl": ('{"prompt": "a cat", "controls": "segregation"}', "line 1: controls: "),
-    "empty.csv": ("", "it holds no job"),
-    "jobs.txt": ("a", "the name of a job file ends in one of .yaml"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_a_fault_is_one_line_with_its_place(write, command, tmp_path, name):
-    content, said = BAD[name]
-    code, out, err = command("batch", write(name, content), "--out", tmp_path / "out")
-    assert (code, out, len(err)) == (2, [], 1), err
-    assert name in err[0] and said in err[0] and len(err[0]) < 400 + len(str(tmp_path))
-    assert not (tmp_path / "out").exists()
-
-
-def test_all_faults_of_a_file_are_told(write, command):
-    code, _, err = command("batch", write("a.csv", "prompt,seed\na,-1\nb,1\nc,x\n"))
-    assert code == 2 and [line.rpartition("line ")[2][:7] for line in err] == ["2: seed", "4: seed"]
-
-
-def test_schema_is_that_of_the_rows(command):
-    code, out, _ = command("batch", "--schema")
-    schema = json.loads("\n".join(out))
-    assert code == 0 and set(schema["properties"]) == {*jobs.FIELDS, "product", "zip"}
-
-
-# --- the folder -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -288,7 +162,7 @@ def test_a_model_is_loaded_once(tiny, tmp_path, monkeypatch):
 def test_manifest_and_sheet_are_made_again(some, command, tmp_path):
     out = tmp_path / "out"
     list(running.run(some(), out))
-    files = {name: (out / name).read_bytes() for name in ("manifest.jsonl", "sheet.png")}
+    files = {name: (out / name).read_bytes() for name in ("manifest.jsonl", "sheet.png", "summary.md")}
     assert len(files["manifest.jsonl"].splitlines()) == 4
     assert {json.loads(line)["file"] for line in files["manifest.jsonl"].splitlines()} == set(pictures(out))
     for name in files:

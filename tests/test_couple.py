@@ -143,6 +143,13 @@ def test_maps_do_not_change_the_picture():
         assert torch.equal(tiny.draw(pipe), alone)
 
 
+@pytest.mark.parametrize("control", [Couple({OTHER: RIGHT}), Regions({"cat": LEFT})])
+def test_masks_of_image_prompts_that_flux_would_ignore_are_refused(control):
+    pipe = tiny.flux()
+    with pytest.raises(ControlError, match="FLUX ignores ip_adapter_masks"), attach(pipe, control):
+        tiny.draw(pipe, joint_attention_kwargs={"ip_adapter_masks": [torch.ones(1, 1, 32, 48)]})
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [

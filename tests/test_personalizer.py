@@ -1,6 +1,12 @@
 """Learning concepts: what is trained and what is not, files that stock diffusers loads, and clear refusals."""
 
 import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,14 +15,18 @@ import torch
 from PIL import Image
 
 from attnctl.concepts import Concept, read_learnt
-from attnctl.errors import AttnctlError, ControlError, UnsupportedPipelineError
+from attnctl.errors import AttnctlError, AttnctlWarning, ControlError, UnsupportedPipelineError
 from attnctl.pipelines import Personalizer
 from attnctl.pipelines.personalize.concepts import caption, read_concepts
 from attnctl.pipelines.personalize.files import factored
 from attnctl.pipelines.personalize.settings import PRESETS, settings_of
 from attnctl.pipelines.personalize.trainer import snr_weight
 from attnctl.pipelines.personalize.views import View, make_views, squared
+from attnctl.pipelines.personalizer import seen
 
+pytestmark = pytest.mark.filterwarnings("ignore::attnctl.errors.AttnctlWarning")  # random weights see no cat anywhere
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
 FEW = {"steps": 3, "rows": 2, "regular": 2, "view_count": 3, "kv_rate": 0.05, "word_rate": 0.05}
 PROMPT = "a <v1> cat and a <v2> dog"
 
@@ -126,13 +136,13 @@ def test_sdxl_learns_a_row_for_each_encoder(picture, tmp_path):
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trained", ["full", "lora"])
-def test_stock_loaders_give_the_pictures_of_the_trained_pipeline(picture, tmp_path, trained):
+@pytest.mark.parametrize("trained, file", [("full", None), ("lora", None), ("full", "kohya_lora.safetensors")])
+def test_stock_loaders_give_the_pictures_of_the_trained_pipeline(picture, tmp_path, trained, file):
     pipe = tiny.sd1()
     folder = learnt(pipe, picture, trained=trained).save(tmp_path)
     own = tiny.draw(pipe, PROMPT)
     other = tiny.sd1()
-    other.load_lora_weights(folder)
+    other.load_lora_weights(folder, weight_name=file)
     for word in ("v1", "v2"):
         other.load_textual_inversion(folder / f"{word}.safetensors")
     loaded = tiny.draw(other, PROMPT)
@@ -163,7 +173,8 @@ def test_the_files_of_a_word_hold_one_key_and_no_angle_brackets(picture, tmp_pat
 
     folder = learnt(tiny.sd1(), picture).save(tmp_path)
     assert {path.name for path in folder.iterdir()} == {
-        "concepts.json", "pytorch_lora_weights.safetensors", "v1.safetensors", "v2.safetensors",
+        "concepts.json", "kohya_lora.safetensors", "pytorch_lora_weights.safetensors",
+        "v1.safetensors", "v2.safetensors",
     }  # fmt: skip
     ((key, row),) = load_file(folder / "v1.safetensors").items()
     assert key == "<v1>" and row.shape == (1, 32) and row.dtype == torch.float32
@@ -179,6 +190,13 @@ def test_damaged_and_missing_folders_are_told(picture, tmp_path):
         read_learnt(folder)
 
 
+def test_kohya_keys_are_those_that_comfyui_knows(picture):
+    found = learnt(tiny.sd1(), picture, trained="lora", rank=3).kohya_keys()
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    assert found[f"{name}.lora_down.weight"].shape == (3, 32) and found[f"{name}.lora_up.weight"].shape == (16, 3)
+    assert found[f"{name}.alpha"] == 3 and len(found) == 3 * 14
+
+
 def test_changes_are_factored_exactly_and_to_one_rank():
     torch.manual_seed(0)
     changes = {"small.weight": torch.randn(3, 8), "large.weight": torch.randn(10, 8)}
@@ -191,6 +209,117 @@ def test_changes_are_factored_exactly_and_to_one_rank():
     down, up = factored(changes, 2)["large"]
     best = torch.linalg.svdvals(changes["large.weight"])[2:].square().sum().sqrt()
     assert (up @ down - changes["large.weight"]).norm() == pytest.approx(best.item(), rel=1e-4)
+
+
+# --- an interrupted training ------------------------------------------------------------------------------------------
+
+
+def weights_of(folder):
+    from safetensors.torch import load_file
+
+    names = ("v1.safetensors", "v2.safetensors", "pytorch_lora_weights.safetensors")
+    return {name: load_file(folder / name) for name in names}
+
+
+def same(one, other):
+    return all(torch.equal(one[file][name], other[file][name]) for file in one for name in one[file])
+
+
+LONG = FEW | {"steps": 6}
+
+
+@pytest.mark.parametrize("trained", ["full", "lora"])
+def test_a_training_goes_on_to_the_same_weights(picture, tmp_path, trained):
+    whole = Personalizer(tiny.sd1(), "cat, dog", **LONG, trained=trained).learn(picture).save(tmp_path / "whole")
+
+    def stop(progress):
+        if progress.step == 5:
+            raise KeyboardInterrupt
+
+    broken = tmp_path / "broken"
+    with pytest.raises(KeyboardInterrupt):
+        Personalizer(tiny.sd1(), "cat, dog", **LONG, trained=trained).learn(picture, stop, folder=broken, every=2)
+    steps = []
+    again = Personalizer(tiny.sd1(), "cat, dog", **LONG, trained=trained)
+    again.learn(picture, lambda one: steps.append(one.step), folder=broken, resume=True, every=2).save(broken)
+    assert steps == [5, 6] and same(weights_of(whole), weights_of(broken))
+
+
+def test_killed_in_the_middle_and_resumed_the_command_ends_in_the_same_weights(command, picture, folder, tmp_path):
+    picture.save(tmp_path / "mine.png")
+    few = [word for name, value in (LONG | {"steps": 80}).items() for word in ("--set", f"{name}={value}")]
+    words = ["personalize", "mine.png", "--concepts", "cat, dog", "--model", str(folder), "--threads", "1", *few]
+    run = [sys.executable, "-m", "attnctl", *words, "--out", "broken"]
+    process = subprocess.Popen(run, cwd=tmp_path, env=ENVIRONMENT)
+    state = tmp_path / "broken" / "training" / "state.pt"
+    while not state.exists():
+        assert process.poll() is None, "it ended before its first checkpoint"
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "broken" / "concepts.json").exists()
+    assert command(*words, "--out", "broken", "--resume")[0] == 0
+    assert command(*words, "--out", "whole")[0] == 0
+    assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "broken"))
+    assert not state.exists()
+
+
+def test_resuming_begins_where_there_is_nothing_and_refuses_what_is_another_training(picture, tmp_path):
+    def stop(progress):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # nothing there: it begins
+        Personalizer(tiny.sd1(), "cat, dog", **FEW).learn(picture, stop, folder=tmp_path, resume=True)
+    with pytest.raises(ControlError, match="was begun with bind=0.003, not 0.1"):
+        Personalizer(tiny.sd1(), "cat, dog", **FEW, bind=0.1).learn(picture, folder=tmp_path, resume=True)
+    with pytest.raises(ControlError, match="was begun with another concept"):
+        Personalizer(tiny.sd1(), "cat, car", **FEW).learn(picture, folder=tmp_path, resume=True)
+    with pytest.raises(ControlError, match="was begun with another picture"):
+        Personalizer(tiny.sd1(), "cat, dog", **FEW).learn(picture.rotate(90), folder=tmp_path, resume=True)
+    (tmp_path / "training" / "prepared.safetensors").write_bytes(b"short")
+    with pytest.raises(ControlError, match="is damaged: begin again without --resume"):
+        Personalizer(tiny.sd1(), "cat, dog", **FEW).learn(picture, folder=tmp_path, resume=True)
+
+
+def test_previews_are_drawn_with_the_words_as_they_are_by_then(picture):
+    pipe, pictures = tiny.sd1(), {}
+    trainer = Personalizer(pipe, "cat, dog", **LONG)
+    found = trainer.learn(picture, every=2, preview=lambda step: pictures.update({step: tiny.draw(pipe, PROMPT)}))
+    assert sorted(pictures) == [2, 4] and not torch.equal(pictures[2], pictures[4])
+    blind = learnt(tiny.sd1(), picture, steps=6)
+    assert same({0: found.lora_keys()}, {0: blind.lora_keys()})  # looking changes nothing
+
+
+def test_a_full_disk_is_told_and_leaves_no_half_file(picture, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    found = learnt(tiny.sd1(), picture)
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(ControlError, match="cannot write .*: No space left on device"):
+        found.save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- what the model sees in the picture -------------------------------------------------------------------------------
+
+
+def test_nouns_the_model_does_not_find_or_finds_in_one_place_are_told():
+    concepts = read_concepts("cat, car, dog")
+    maps = torch.full((3, 4, 4), 0.01)
+    maps[0, 0, 0], maps[1, 3, 3] = 0.4, 0.3
+    assert ["hardly finds a 'dog'" in line for line in seen(concepts, maps)] == [True]
+    maps[2] = maps[0]
+    (line,) = seen(concepts, maps)
+    assert line.startswith("'cat' and 'dog' look at the same place of the picture (100% of their maps)")
+
+
+def test_the_trained_model_finds_what_is_in_a_picture():
+    """glyph-sd, on a picture of a cat and a car: nothing is told."""
+    picture = Image.open(Path(__file__).parent / "glyph" / "data" / "cat-car.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AttnctlWarning)
+        Personalizer(tiny.glyph(), "cat, car", **FEW | {"steps": 1, "kv_rate": 1e-3}).learn(picture)
 
 
 # --- words, captions, settings ----------------------------------------------------------------------------------------
@@ -322,8 +451,14 @@ def test_a_folder_of_concepts_is_a_model(command, picture, folder, tmp_path):
     few = [word for name, value in FEW.items() for word in ("--set", f"{name}={value}")]
     words = ["personalize", "mine.png", "--concepts", "cat, dog", "--model", folder, "--out", "mine", *few]
     code, out, err = command(*words, "--sample", "a <v1> cat and a red car")
-    assert code == 0 and err == [] and out[0].startswith("3 steps; in the last one: denoise ")
+    assert code == 0 and all("another noun may do" in line or "use other nouns" in line for line in err)
+    assert not (tmp_path / "mine" / "training").exists() and out[0].startswith("3 steps; in the last one: denoise ")
     assert out[-1] == "mine/sample.png" and all((tmp_path / path).is_file() for path in out[1:])
+    code, out, err = command("concepts", "list", ".")
+    assert code == 0 and out == [f"mine  <v1> cat, <v2> dog  (of {folder})"]
+    code, out, err = command("concepts", "info", "mine")
+    assert code == 0 and out[:3] == [f"model: {folder}", "<v1> cat  (32 numbers)", "<v2> dog  (32 numbers)"]
+    assert out[3].startswith("weights: 14 modules, rank 32") and out[-1].startswith("settings: steps=3, rows=2")
     code, out, err = command("generate", PROMPT, "--model", "mine", "--steps", "2", "--maps")
     assert code == 0 and len(out) == 2
     assert command("reproduce", out[0])[1] == ["bit-identical"]
@@ -348,3 +483,9 @@ def test_the_command_refuses_in_one_line_before_it_trains(command, picture, tmp_
     code, out, err = command("personalize", *words, "--out", "mine")
     assert code == 2 and out == [] and len(err) == 1 and told in err[0]
     assert not (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize("words", [("list", "nowhere"), ("list", "."), ("info", ".")])
+def test_folders_without_concepts_are_told(command, words):
+    code, out, err = command("concepts", *words)
+    assert code == 2 and out == [] and len(err) == 1 and ("no folder" in err[0] or "holds no concepts" in err[0])

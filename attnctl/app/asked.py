@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +22,13 @@ READ = {"segregation": 2, "astar": 2, "excitation": 1, "retention": 1}
 def with_phrases(text: str, prompt: str, model: str, say: Callable[[str], object] = tell) -> str:
     """A control's text; if it names no phrase, with the things that the prompt names, which `say` is told."""
     from attnctl.app.control_text import named, phraseless
-    from attnctl.loading import embedded
+    from attnctl.loading import USUAL, embedded
 
     bare = phraseless(text)
     kind = named(bare[0], known_controls()).__name__.lower() if bare else ""
     if bare is None or kind not in READ:
         return text
-    things = glyph_things(prompt) if model in embedded() else []
+    things = glyph_things(prompt) if model in USUAL or model in embedded() else []
     if len(things) < READ[kind]:
         things = read_things(prompt)
     return filled(*bare, things, f"--control {bare[0]}", READ[kind], say)
@@ -61,6 +62,7 @@ def glyph_things(prompt: str) -> list[str]:
     return [phrase for phrase in content_words(prompt) if phrase.partition("#")[0] in CONCEPTS]
 
 
+@cache
 def known_controls() -> "dict[str, type[Control]]":
     """The controls of `attnctl.processors` that change a picture, by class name; --maps is for what only looks."""
     from attnctl import processors
@@ -78,7 +80,10 @@ def control_of(text: str) -> "Control":
 
 
 def without_files(text: str) -> str:
-    """The control's text for the recipe: heads and masks that stand in files are written out, since files change."""
+    """The control's text for the recipe: heads and masks that stand in files are written out, since files change.
+
+    Whatever is wrong with the control, is told.
+    """
     from attnctl.engine.heads import files_of, read_heads
 
     control = control_of(text)

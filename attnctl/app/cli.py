@@ -22,6 +22,8 @@ from attnctl.app.asked import (
 )
 from attnctl.app.batch.command import batch
 from attnctl.app.command import DEVICE_HELP, MODEL_HELP, UsageError, check_writable, plain, run, tell
+from attnctl.app.compose_command import compose
+from attnctl.app.concepts_command import app as concepts_app
 from attnctl.app.personalize_command import personalize
 from attnctl.app.request import checked, control_texts, judged, left_alone, mapped_words, size_of
 
@@ -46,7 +48,9 @@ DTYPE_HELP = "float32, float16 or bfloat16."
 
 
 app.command(no_args_is_help=True)(batch)
+app.command(no_args_is_help=True)(compose)
 app.command(no_args_is_help=True)(personalize)
+app.add_typer(concepts_app, name="concepts")
 
 
 def main() -> None:
@@ -92,7 +96,15 @@ def generate(
             "--region",
             "-r",
             help="Where a phrase goes: 'cat: 0,0,0.5,1' (left, top, right, bottom; shares of the picture or pixels) or "
-            "'cat: mask.png'; may be given several times. More settings: attnctl controls regions.",
+            "'cat: mask.png', perhaps with '| a prompt of its own' behind it; several times. More settings: "
+            "attnctl controls regions.",
+        ),
+    ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help="The prompt holds a region a line, or BREAK, ADDCOL, ADDROW, ADDBASE, ADDCOMM: columns, rows, shares "
+            "such as 1,2,1 or 1,2,1;3,1, and base=0.2.",
         ),
     ] = None,
     negative: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
@@ -123,6 +135,7 @@ def generate(
     - attnctl generate 'a cat and a red car' --control 'segregation(cat, red car)' --seed 7 --count 4
     - attnctl generate 'a cat and a dog' --control 'astar(cat, dog)' --trace
     - attnctl generate 'a red car and a cat' --region 'cat: 0,0,0.5,1' --region 'red car: 0.5,0,1,1' --compare
+    - attnctl generate 'a cat ADDCOL a red car ADDROW a lake' --layout '1,1,1;1,1'
     - attnctl generate 'a lion with a crown' --model ./my-model --size 768x512 --control 'segregation(lion, crown)'
 
     A control is written like a call whose strings need no quotes: phrases of the prompt first, then settings.
@@ -130,11 +143,17 @@ def generate(
     its whole recipe: `attnctl reproduce` draws it again, bit for bit on the same machine.
     """
     shape = checked(prompt, seed, count, steps, guidance, size, threads)
-    texts = control_texts(prompt, model, control or [], subjects, compare and not region)
-    if region:
-        from attnctl.app.region_text import region_control
+    placed: list[str] = []
+    if layout is not None:
+        from attnctl.app.layout_text import read_layout
 
-        texts = [region_control(region), *texts]
+        said = read_layout(prompt, layout, negative)
+        prompt, negative, placed = said.prompt, said.negative, [said.control]
+    if region:
+        from attnctl.app.region_text import region_controls
+
+        placed += region_controls(region)
+    texts = [*placed, *control_texts(prompt, model, control or [], subjects, compare and not placed)]
     if trace and not texts:
         raise UsageError("--trace tells what a control does: give --control as well")
     check_writable(out)

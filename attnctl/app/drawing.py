@@ -163,7 +163,7 @@ def draw_together(
     by_step = _maps_control(_named(controls) or first.maps, keep="step") if trace else ()
     try:
         with ExitStack() as stack:
-            stack.enter_context(_steps_shown(pipe, bar, label))
+            stack.enter_context(steps_shown(pipe, bar, label))
             stack.enter_context(_finite_alone(pipe, controls))
             run = stack.enter_context(attach(pipe, *controls, *watch, *by_step)) if controls or watch else None
             drawn = pipe(**settings).images
@@ -321,7 +321,7 @@ class _Steps:
 
 
 @contextmanager
-def _steps_shown(pipe: "DiffusionPipeline", bar: "Progress | None", label: str) -> Iterator[None]:
+def steps_shown(pipe: "DiffusionPipeline", bar: "Progress | None", label: str) -> Iterator[None]:
     """Send the pipeline's own step bar to `bar`, or nowhere; every pipeline has one, only some have step callbacks."""
     if bar is None:
         from rich.progress import Progress

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,10 +17,11 @@ if TYPE_CHECKING:
     from PIL import Image
     from rich.progress import Progress as Bars
 
-    from attnctl.concepts import Learnt
+    from attnctl.concepts import Concept, Learnt
     from attnctl.pipelines.personalize.trainer import Progress
 
 SAMPLES = 4  # pictures of each prompt on the sheet
+EVERY = 50  # steps between two checkpoints
 
 
 def personalize(
@@ -42,6 +44,8 @@ def personalize(
         list[str] | None, typer.Option("--set", help="A setting, as name=value; may be given several times.")
     ] = None,
     sample: Annotated[str | None, typer.Option(help="One more prompt to draw at the end.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a training that was interrupted.")] = False,
+    preview: Annotated[int, typer.Option(help="Draw a sheet of samples every so many steps; 0: at the end only.")] = 0,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the processor; default: as for generate.")] = None,
 ) -> None:
@@ -50,7 +54,8 @@ def personalize(
     - attnctl personalize mine.png --concepts 'cat, car' --out mine
     - attnctl personalize mine.png --concepts '<rex>=dog, <kit>=cat' --model ./my-sd15 --set steps=300
 
-    Writes a LoRA and an embedding for each word, which stock diffusers loads, and a sheet of samples.
+    Writes a LoRA and an embedding for each word, which stock diffusers loads, and a sheet of samples. Draw more with
+    attnctl generate 'a <v1> cat' --model mine. A training that was stopped, in whatever way, goes on with --resume.
     """
     from attnctl import loading
     from attnctl.app.asked import open_model
@@ -67,20 +72,32 @@ def personalize(
     source = open_picture(picture)
     check_writable(out)
 
+    from attnctl.pipelines.personalize.checkpoint import end_training
     from attnctl.pipelines.personalizer import Personalizer
+
+    if preview < 0:
+        raise UsageError(f"--preview {preview}: from 0 up")
 
     with bars() as bar:
         pipe = open_model(model, device, "float32", bar, 2 if threads is None and small else threads)
         personalizer = Personalizer(pipe, concepts, chosen, **asked)
         shown = Shown(bar)
-        learnt = personalizer.learn(source, shown.step, shown.stage)
+        samples = Samples(pipe, personalizer.concepts, source, personalizer.side, sample, loading.usual(model), bar)
+        learnt = personalizer.learn(
+            source,
+            shown.step,
+            shown.stage,
+            folder=out,
+            resume=resume,
+            every=preview or EVERY,
+            preview=(lambda step: samples.save(out / f"preview-{step:04d}.png")) if preview else None,
+        )
         folder = replace(learnt, base=loading.written(model)).save(out)
+        end_training(folder)
         with paused(bar):
             for line in shown.warnings(learnt):
                 tell(line)
-        sheet = sample_sheet(pipe, learnt, sample, source, personalizer.side, loading.usual(model), bar)
-        path = folder / "sample.png"
-        sheet.save(path)
+        path = samples.save(folder / "sample.png")
         with paused(bar):
             print(shown.summary(), *(plain(folder / name) for name in learnt.files), plain(path), sep="\n", flush=True)
 
@@ -151,7 +168,7 @@ class Shown:
         return [
             f"the map of {concept.noun!r} covers the background ({spread:.0%} of the picture): "
             "lower the weights of the calibration, such as --set separate=0.0002"
-            for concept, spread in zip(learnt.concepts, self.latest.coverage, strict=True)
+            for concept, spread in zip(learnt.concepts, self.latest.coverage, strict=False)
             if spread > FLOODED
         ]
 
@@ -159,31 +176,41 @@ class Shown:
 FLOODED = 0.5  # mean of a noun's min-max map; that of a thing is about the share of the picture it fills
 
 
-def sample_sheet(
-    pipe: Any, learnt: Learnt, sample: str | None, source: Image.Image, side: int, usual: dict[str, Any], bar: Bars
-) -> Image.Image:
-    """Rows of pictures: the one that was given, each concept alone, all together, and a prompt of the caller's."""
-    import torch
+@dataclass
+class Samples:
+    """Draws sheets: the picture that was given, each concept alone, all together, and a prompt of the caller's."""
 
-    from attnctl.sheets import grid
+    pipe: Any
+    concepts: Sequence[Concept]
+    source: Image.Image
+    side: int
+    prompt: str | None
+    usual: dict[str, Any]
+    bar: Bars
 
-    phrases = [one.phrase for one in learnt.concepts]
-    prompts = [f"a {phrase}" for phrase in phrases]
-    if len(phrases) > 1:
-        prompts.append(" and ".join(prompts))
-    prompts += [sample] if sample else []
-    small = source.convert("RGB")
-    small.thumbnail((side, side))
-    rows: list[Any] = [[("the picture", small)]]
-    task = bar.add_task("samples", total=len(prompts))
-    pipe.set_progress_bar_config(disable=True)
-    settings = {"num_inference_steps": usual.get("steps"), "guidance_scale": usual.get("guidance")}
-    settings = {name: value for name, value in settings.items() if value is not None}
-    for prompt in prompts:
-        dice = [torch.Generator("cpu").manual_seed(k) for k in range(SAMPLES)]
-        found = pipe([prompt] * SAMPLES, generator=dice, **settings).images
-        rows.append([(prompt if k == 0 else "", one) for k, one in enumerate(found)])
-        bar.advance(task)
-    bar.remove_task(task)
-    pipe.set_progress_bar_config(disable=False)
-    return grid(rows, points=max(10, min(side // 11, 24)))
+    def save(self, path: Path) -> Path:
+        """Draw a sheet with the words as they are now."""
+        import torch
+
+        from attnctl.sheets import grid
+
+        prompts = [f"a {one.phrase}" for one in self.concepts]
+        if len(prompts) > 1:
+            prompts.append(" and ".join(prompts))
+        prompts += [self.prompt] if self.prompt else []
+        small = self.source.convert("RGB")
+        small.thumbnail((self.side, self.side))
+        rows: list[Any] = [[("the picture", small)]]
+        task = self.bar.add_task("samples", total=len(prompts))
+        self.pipe.set_progress_bar_config(disable=True)
+        names = {"num_inference_steps": "steps", "guidance_scale": "guidance"}
+        settings = {name: self.usual[own] for name, own in names.items() if own in self.usual}
+        for prompt in prompts:
+            dice = [torch.Generator("cpu").manual_seed(k) for k in range(SAMPLES)]
+            found = self.pipe([prompt] * SAMPLES, generator=dice, **settings).images
+            rows.append([(prompt if k == 0 else "", one) for k, one in enumerate(found)])
+            self.bar.advance(task)
+        self.bar.remove_task(task)
+        self.pipe.set_progress_bar_config(disable=False)
+        grid(rows, points=max(10, min(self.side // 11, 24))).save(path)
+        return path

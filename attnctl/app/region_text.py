@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
+from attnctl.app.layout_text import quoted
 from attnctl.errors import AttnctlError
 from attnctl.files import no_files
 
@@ -24,6 +25,37 @@ class RegionTextError(AttnctlError):
     """A region that is not written as the command line takes it."""
 
 
+def region_controls(texts: Sequence[str]) -> list[str]:
+    """The texts of the controls for these regions: `regions` for phrases, `couple` for prompts of their own.
+
+    Args:
+        texts: each "PHRASE: WHERE", "PHRASE: WHERE | PROMPT" or ": WHERE | PROMPT", and behind that perhaps
+            "| NEGATIVE PROMPT"; WHERE is a box or a file, see `region_control`.
+
+    Raises:
+        RegionTextError: one is none of these.
+    """
+    phrases, own, against = [], [], []
+    for text in texts:
+        head, *prompts = (part.strip() for part in text.split("|"))
+        if len(prompts) > 2 or (prompts and not prompts[0]):
+            raise RegionTextError(
+                f"--region {text!r}: write it as 'cat: 0,0,0.5,1 | its own prompt | its negative one'"
+            )
+        phrase, where = _read(head, free=bool(prompts))
+        if phrase:
+            phrases.append(head)
+        if prompts:
+            own.append(f"[{quoted(prompts[0])}, {where}]")
+        if len(prompts) == 2 and prompts[1]:
+            against.append(f"[{quoted(prompts[0])}, {quoted(prompts[1])}]")
+    found = [region_control(phrases)] if phrases else []
+    if own:
+        negatives = f", negatives=[{', '.join(against)}]" if against else ""
+        found.append(f"couple(masks=[{', '.join(own)}]{negatives})")
+    return found
+
+
 def region_control(texts: Sequence[str]) -> str:
     """The text of the control `regions` for these regions.
 
@@ -36,9 +68,10 @@ def region_control(texts: Sequence[str]) -> str:
     return f"regions(masks=[{', '.join(f'[{phrase!r}, {where}]' for phrase, where in map(_read, texts))}])"
 
 
-def _read(text: str) -> tuple[str, str]:
+def _read(text: str, free: bool = False) -> tuple[str, str]:
+    """(phrase, where) of a region; `free` ones need no phrase."""
     phrase, colon, where = (part.strip() for part in text.partition(":"))
-    if not (phrase and colon and where):
+    if not ((phrase or free) and colon and where):
         raise RegionTextError(
             f"--region {text!r}: write it as 'cat: 0,0,0.5,1' (left, top, right, bottom) or 'cat: mask.png'"
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.progress import Progress, TaskID
 
-from attnctl import batch
+from attnctl.app.batch import running as batch
 from attnctl.app.batch.job_files import read_jobs
 from attnctl.app.batch.jobs import Job
 from attnctl.app.service import Asked, Service, ServiceError, Shown, check_files

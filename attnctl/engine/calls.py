@@ -110,6 +110,23 @@ def images_of(words: dict[str, Any] | None) -> int | None:
     return each * (1 if isinstance(prompt, str) else len(prompt))
 
 
+def cropped(pipe: Any, asked: dict[str, Any], picture: tuple[int, int]) -> dict[str, Any]:
+    """The view of a run that `padding_mask_crop` gives it, as the pipeline itself works it out.
+
+    Args:
+        asked: arguments of the pipeline's `check_inputs`.
+        picture: (height, width) of what is drawn, in pixels.
+    """
+    mask, pad = asked.get("mask_image"), asked.get("padding_mask_crop")
+    if pad is None or mask is None:
+        return {}
+    height, width = picture
+    left, top, right, bottom = pipe.mask_processor.get_crop_region(mask, width, height, pad=pad)
+    whole = mask.size
+    view = (left / whole[0], top / whole[1], right / whole[0], bottom / whole[1])
+    return {"view": view, "uncropped": (whole[1], whole[0])}
+
+
 def start_run(
     family: Family, pipe: Any, denoiser: Any, arguments: dict[str, Any], words: dict[str, Any] | None, given: Any
 ) -> Run:

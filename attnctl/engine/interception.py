@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -48,6 +49,7 @@ class Interception:
         self.passes = Passes(target)
         self.words: list[dict[str, Any]] | None = None  # what encode_prompt was given since the pipeline was called
         self.branches = Branches()
+        self.asked: dict[str, Any] = {}  # what check_inputs was given
         self.run: Run | None = None
         self.sample: Sample | None = None  # of the step under way, until scheduler.step has taken its edits
         self.solved = 0  # calls of scheduler.step in this run
@@ -61,6 +63,7 @@ class Interception:
         if self.training is not None:
             raise ControlError("a pipeline was called inside a training batch; leave its block first")
         self._arrive()  # every pipeline calls check_inputs first
+        self.asked = inspect.signature(original).bind(*args, **kwargs).arguments
         return original(*args, **kwargs)
 
     def on_encode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -86,7 +89,7 @@ class Interception:
         """A pipeline call begins."""
         self.guard.begin(at_work=self.passes.acting is not None or self.passes.resting)
         self.finish()
-        self.words = []
+        self.words, self.asked = [], {}
         self.installed.refresh()
 
     def finish(self) -> None:
@@ -213,7 +216,8 @@ class Interception:
         words = self.words[0] if self.words else None  # the second, if any, is FLUX's negative prompt
         self.solved = 0
         self.installed.reseat()
-        return calls.start_run(target.family, target.pipe, target.model, arguments, words, given)
+        run = calls.start_run(target.family, target.pipe, target.model, arguments, words, given)
+        return replace(run, **calls.cropped(target.pipe, self.asked, run.picture))
 
     def _close(self, step: Step, output: Any) -> Any:
         """The denoiser's output after the controls have had their say."""

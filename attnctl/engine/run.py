@@ -52,6 +52,13 @@ class Run:
     start: int = 0  # position of the first step in the scheduler's timesteps
     schedule: int = 0  # how many timesteps the scheduler has
     passes: dict[str, float] = field(default_factory=dict)
+    view: tuple[float, float, float, float] = (
+        0.0,
+        0.0,
+        1.0,
+        1.0,
+    )  # what is drawn of the whole picture, in shares of it
+    uncropped: tuple[int, int] | None = None  # (height, width) of the whole picture in pixels, where `view` is a part
     streams: dict[Any, Any] = field(default_factory=dict)  # what `words.phrases.streams` has made, by text
     _states: dict[int, tuple[Begins, Any]] = field(default_factory=dict)
 
@@ -84,6 +91,11 @@ class Run:
     def fractions(self) -> list[float]:
         """Where its steps lie in the whole schedule, from 0 (noise) towards 1; empty if the scheduler does not say."""
         return [min((self.start + i) / self.schedule, 1.0) for i in range(self.steps)] if self.schedule else []
+
+    @property
+    def whole(self) -> tuple[int, int]:
+        """(height, width) in pixels of the whole picture, of which inpainting with `padding_mask_crop` draws a part."""
+        return self.uncropped or self.picture
 
     def describe(self, image: int) -> str:
         """ "image 1 ('a dog')" for messages; "" if there is only one picture, or nobody said what it is of."""

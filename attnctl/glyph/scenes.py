@@ -153,6 +153,11 @@ def _sprites() -> dict[Named, _Sprite]:
     return sprites
 
 
+def sprite(concept: str, colour: str | None = None) -> Image.Image:
+    """A thing of the world by itself, cut out by its alpha channel."""
+    return _sprites()[concept, colour].image.convert("RGBA")
+
+
 _GRID: Floats = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j].astype(np.float32)  # (2, 128, 128), y and x
 
 

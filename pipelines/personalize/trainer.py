@@ -16,9 +16,10 @@ from attnctl.engine.control import AttentionCall, Control, Lane, Proceed
 from attnctl.engine.families.registry import discover
 from attnctl.engine.sites import Site, select
 from attnctl.errors import ControlError
-from attnctl.maps.live import LiveMaps
+from attnctl.maps.live import Live, LiveMaps
 from attnctl.pipelines.personalize.concepts import Encoders
 from attnctl.pipelines.personalize.settings import Settings
+from attnctl.processors.calibration import Calibrated
 
 ATTENTION_GRID = 16  # cells along one side: where the papers read maps
 
@@ -44,8 +45,9 @@ class Progress:
 
     Attributes:
         step: from 1 to `steps`.
-        losses: "denoise", "binding" (mean over concepts) and "apart" (mean over pairs), unweighted.
-        coverage: of each noun's map, see `Calibrated`.
+        losses: "denoise", "binding" (mean over concepts) and "apart" (mean over pairs), unweighted; the first alone
+            where no loss on maps has a weight.
+        coverage: of each noun's map, see `Calibrated`; as the losses.
     """
 
     step: int
@@ -105,59 +107,114 @@ class Trainer:
         if self.kind not in ("epsilon", "v_prediction"):
             raise ControlError(f"the scheduler predicts {self.kind!r}; epsilon and v_prediction can be trained")
 
-    def train(self, views: Examples, regular: Examples | None, watch: Callable[[Progress], None] | None = None) -> None:
-        """All steps that are left."""
+    def train(
+        self,
+        views: Examples,
+        regular: Examples | None,
+        until: int,
+        watch: Callable[[Progress], None] | None = None,
+    ) -> None:
+        """The steps from where it stands to this one; then the pipeline knows the words as they are by now."""
         settings = self.settings
         words, nouns = ([getattr(one, name) for one in self.concepts] for name in ("word", "noun"))
         where = calibrated_sites(self.pipe, views.latents.shape[-1], settings.factor)
         live = LiveMaps(*words, *nouns, where=list(where))
-        with self.ready(), attach(self.pipe, StartApart(), live) as attached:
-            while self.step < settings.steps:
-                some = torch.randint(len(views.captions), (settings.rows,), generator=self.dice)
-                chosen = [(views, some)]
-                if regular is not None and settings.regular_rows:
-                    chosen.append(
-                        (regular, torch.randint(len(regular.captions), (settings.regular_rows,), generator=self.dice))
-                    )
-                latents, valid = (torch.cat([getattr(x, name)[i] for x, i in chosen]) for name in ("latents", "valid"))
-                captions = [x.captions[i] for x, rows in chosen for i in rows.tolist()]
-                times = self._times([len(rows) for _, rows in chosen])
+        controls = [StartApart(), live] if settings.calibration.acts else [StartApart()]
+        with self.ready(), attach(self.pipe, *controls) as attached:
+            while self.step < until:
+                latents, valid, captions, times = self._rows(views, regular)
                 with attached.batch(captions) as batch:
                     errors = self.errors(latents, valid, captions, times)  # (rows,)
                 weight = torch.ones_like(errors)
                 weight[settings.rows :] = settings.regular_weight
-                denoise = (weight * errors).mean()
-                state, count = batch.state(live), len(self.concepts)
-                maps = state.maps()
-                present = state.present[:, :count] & state.present[:, count:]
-                read = settings.calibration.read(maps[:, :count], maps[:, count:], present)
+                loss = denoise = (weight * errors).mean()
+                losses, coverage = {"denoise": denoise.item()}, list[float]()
+                if settings.calibration.acts:
+                    read = self._calibrated(batch.state(live))
+                    loss = loss + read.total
+                    losses["binding"] = read.binding[: settings.rows].mean().item()
+                    if read.apart.shape[1]:
+                        losses["apart"] = read.apart[: settings.rows].mean().item()
+                    coverage = read.coverage.tolist()
                 self.optimizer.zero_grad(set_to_none=True)
-                (denoise + read.total if settings.calibration.acts else denoise).backward()
+                loss.backward()
                 self.optimizer.step()
                 self.step += 1
                 if watch is not None:
-                    rows = present.any(1)
-                    losses = {"denoise": denoise.item(), "binding": read.binding[rows].mean().item()}
-                    if read.apart.shape[1]:
-                        losses["apart"] = read.apart[rows].mean().item()
-                    watch(Progress(self.step, settings.steps, losses, tuple(read.coverage.tolist())))
+                    watch(Progress(self.step, settings.steps, losses, tuple(coverage)))
         for encoder in self.encoders.all:
             encoder.write()
 
-    def errors(self, latents: Tensor, valid: Tensor, captions: list[str], times: Tensor) -> Tensor:
-        """The denoising loss of each row, mean over what is valid: (rows,), with gradient."""
+    def _rows(self, views: Examples, regular: Examples | None) -> tuple[Tensor, Tensor, list[str], Tensor]:
+        """What one step trains on: latents, what of them is valid, captions and timesteps; views come first."""
+        settings = self.settings
+        kinds = [(views, settings.rows)]
+        if regular is not None and settings.regular_rows:
+            kinds.append((regular, settings.regular_rows))
+        chosen = [(x, torch.randint(len(x.captions), (count,), generator=self.dice)) for x, count in kinds]
+        latents, valid = (torch.cat([getattr(x, name)[i] for x, i in chosen]) for name in ("latents", "valid"))
+        captions = [x.captions[i] for x, rows in chosen for i in rows.tolist()]
+        return latents, valid, captions, self._times([count for _, count in kinds])
+
+    def _calibrated(self, live: Live) -> Calibrated:
+        """The losses on the maps of a batch; regular pictures have none of the new words, so no part in them."""
+        maps, count = live.maps(), len(self.concepts)
+        present = live.present[:, :count] & live.present[:, count:]
+        return self.settings.calibration.read(maps[:, :count], maps[:, count:], present)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a later run needs to go on as if there had been no break."""
+        return {
+            "step": self.step,
+            "rows": [rows.detach() for rows in self.encoders.parameters],
+            "tuned": {name: parameter.detach() for name, parameter in self.tuned.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "dice": self.dice.get_state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        with torch.no_grad():
+            for rows, kept in zip(self.encoders.parameters, state["rows"], strict=True):
+                rows.copy_(kept)
+            for name, parameter in self.tuned.items():
+                parameter.copy_(state["tuned"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.dice.set_state(state["dice"])
+        self.step = state["step"]
+
+    @torch.no_grad()
+    def look(self, views: Examples) -> Tensor:
+        """(concepts, height, width): where the model sees the nouns in the picture, mean over six noise levels."""
+        nouns = [one.noun for one in self.concepts]
+        live = LiveMaps(*nouns, where=list(calibrated_sites(self.pipe, views.latents.shape[-1], self.settings.factor)))
+        times = (torch.arange(1, 7) * len(self.alphas) // 10).long()
+        latents, captions = views.latents[:1].repeat(6, 1, 1, 1), [views.captions[0]] * 6
+        dice = torch.Generator().manual_seed(self.settings.seed)
+        with attach(self.pipe, live) as attached, attached.batch(captions) as batch:
+            self.predict(latents, captions, times, dice)
+        return batch.state(live).maps().mean(0).cpu()
+
+    def predict(
+        self, latents: Tensor, captions: list[str], times: Tensor, dice: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """What the model predicts from noised latents, and what it should have."""
         device = self.unet.device
-        noise = torch.randn(latents.shape, generator=self.dice)
+        noise = torch.randn(latents.shape, generator=dice)
         a = self.alphas[times].view(-1, 1, 1, 1)
         noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
         target = noise if self.kind == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * latents
         factor = getattr(self.pipe, "vae_scale_factor", 8)
         text = self.encoders.encode(captions, (latents.shape[-2] * factor, latents.shape[-1] * factor))
-        got = self.unet(noisy.to(device), times.to(device), **text).sample
-        real = valid[:, None].to(device)
-        square = (got.float() - target.to(device)).square() * real
+        return self.unet(noisy.to(device), times.to(device), **text).sample, target.to(device)
+
+    def errors(self, latents: Tensor, valid: Tensor, captions: list[str], times: Tensor) -> Tensor:
+        """The denoising loss of each row, mean over what is valid: (rows,), with gradient."""
+        got, target = self.predict(latents, captions, times, self.dice)
+        real = valid[:, None].to(got.device)
+        square = (got.float() - target).square() * real
         error = square.sum((1, 2, 3)) / (real.sum((1, 2, 3)) * latents.shape[1])
-        return error * snr_weight(self.alphas[times], self.settings.snr, self.kind).to(device)
+        return error * snr_weight(self.alphas[times], self.settings.snr, self.kind).to(got.device)
 
     @contextmanager
     def ready(self) -> Iterator[None]:

@@ -16,25 +16,43 @@ from attnctl.loading import DTYPES, usual
 if TYPE_CHECKING:
     from attnctl.app.batch.jobs import Placed
     from attnctl.app.batch.planning import Plan
-    from attnctl.app.batch.running import How
+    from attnctl.app.batch.results import How
 
 _MOST = 20  # faults of a file that are told
 
 
 def batch(
-    file: Annotated[Path | None, typer.Argument(help="Jobs, as .yaml, .jsonl or .csv.", show_default=False)] = None,
+    file: Annotated[
+        Path | None, typer.Argument(help="Jobs, as .yaml, .jsonl or .csv; or a folder of pictures.", show_default=False)
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures; made if need be.")] = Path("out"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the file, say what is to draw, and stop.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Draw only what failed before.")] = False,
     report: Annotated[
         Path | None, typer.Option(help="Make the manifest and contact sheets of this folder again, and stop.")
     ] = None,
+    sheet: Annotated[
+        str | None, typer.Option(help="For --report: fields of columns, rows and pages, as x=seed,y=controls,z=prompt.")
+    ] = None,
+    score: Annotated[
+        list[str] | None, typer.Option(help="Score each picture: judge, or clip:FOLDER; may be given several times.")
+    ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a row, and stop.")] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A field for all rows, as seed=5; a list in brackets is an axis. Several times."),
+    ] = None,
     group: Annotated[
         int | None, typer.Option(help="Pictures drawn together at most; default: 4 for glyph-sd, else 1.")
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda if there is one, else cpu.")
+        str | None,
+        typer.Option(
+            "--device", "--devices", help="cpu, cuda, cuda:1, ...; several, as in cuda:0,cuda:1, draw side by side."
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Draw on the Ray cluster at this address; auto: the one of this machine.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     threads: Annotated[int | None, typer.Option(help="Threads of the processor; default: as for generate.")] = None,
@@ -43,6 +61,7 @@ def batch(
 
     - attnctl batch jobs.yaml --out night --dry-run
     - attnctl batch jobs.yaml --out night
+    - attnctl batch night --set "seed=[5, 6]" --set controls=astar --out again
 
     A row holds prompt, negative, seed, steps, guidance, size, controls, maps, trace and model. Axes make many jobs of
     one row: product: {seed: [1, 2, 3], controls: [none, segregation, astar]} takes every combination, zip: takes lists
@@ -52,14 +71,20 @@ def batch(
     pictures under way, a second one at once. Exit code 1: some job failed, and failures.jsonl says which and why.
     """
     from attnctl.app.batch import jobs, planning
-    from attnctl.app.batch.running import How
+    from attnctl.app.batch.results import How
+    from attnctl.app.batch.scores import check_scores
+    from attnctl.app.batch.shares import Share
 
     if schema:
         print(json.dumps(jobs.schema(), indent=2))
         return
+    scores = tuple(dict.fromkeys(score or ()))
+    check_scores(scores)
     if report is not None:
-        _report(report)
+        _report(report, scores, sheet)
         return
+    if sheet is not None:
+        raise UsageError("--sheet is for --report DIR, once the pictures are there")
     if file is None:
         raise UsageError("there is no job file; attnctl batch --help shows one")
     if dtype not in DTYPES:
@@ -67,21 +92,22 @@ def batch(
     for name, value, most in (("--threads", threads, THREADS), ("--group", group, GROUP)):
         if value is not None and not 1 <= value <= most:
             raise UsageError(f"{name} {value}: from 1 to {most}")
-    placed = _read(file)
+    placed = _read(file, set_ or [])
     check_writable(out)
-    what = planning.plan(placed, out, dtype, retry_failed, group)
+    what = Share.of().part_of(planning.plan(placed, out, dtype, retry_failed, group))
     if dry_run:
         print(_told(what))
         return
-    _draw(what, How(device, dtype, threads))
+    _draw(what, How(device, dtype, threads, scores, ray))
 
 
-def _read(file: Path) -> "list[Placed]":
-    from attnctl.app.batch import job_files, jobs
+def _read(file: Path, overrides: list[str]) -> "list[Placed]":
+    from attnctl.app.batch import job_files
+    from attnctl.app.batch.faults import JobError
 
     try:
-        return job_files.read_jobs(file)
-    except jobs.JobError as error:
+        return job_files.read_jobs(file, job_files.read_overrides(overrides))
+    except JobError as error:
         for line in error.lines[:_MOST]:
             tell(line)
         if len(error.lines) > _MOST:
@@ -141,12 +167,13 @@ def _one_ctrl_c() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _report(folder: Path) -> None:
+def _report(folder: Path, scores: tuple[str, ...], sheet: str | None) -> None:
+    from attnctl.app.batch.contact_sheets import Axes
     from attnctl.app.batch.report import write_report
 
     if not folder.is_dir():
         raise UsageError(f"--report {folder}: there is no such folder")
-    print(*map(plain, write_report(folder)), sep="\n")
+    print(*map(plain, write_report(folder, scores, None if sheet is None else Axes.parse(sheet))), sep="\n")
 
 
 def _told(what: "Plan") -> str:

@@ -15,7 +15,8 @@ from PIL import Image
 
 from attnctl.app.command import UsageError
 
-FAILURES, LOCK, MANIFEST, SCORES = "failures.jsonl", ".batch.lock", "manifest.jsonl", "scores.jsonl"
+FAILURES, LOCK = "failures.jsonl", ".batch.lock"
+MANIFEST, SCORES, SUMMARY = "manifest.jsonl", "scores.jsonl", "summary.md"
 
 PICTURE = re.compile(r".*-([0-9a-f]{12})\.png")
 """The name of a batch's picture; its key."""
@@ -27,7 +28,10 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write a file that appears whole or not at all."""
     part = path.parent / f".{secrets.token_hex(8)}.part"
     try:
-        part.write_bytes(content)
+        with part.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may leave the name without the content
         os.replace(part, path)
     except BaseException:
         with suppress(OSError):

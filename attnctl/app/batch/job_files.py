@@ -1,4 +1,7 @@
-"""Job files: YAML, JSONL and CSV as rows with their places. In CSV, ";" stands between the parts of a list."""
+"""Job files: YAML, JSONL and CSV as rows with their places. In CSV, ";" stands between the parts of a list.
+
+A folder of our own pictures is a job file, too: see `pngs`.
+"""
 
 import csv
 import io
@@ -8,31 +11,68 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from attnctl.app.batch.jobs import FIELDS, Fault, JobError, Placed, check_jobs
+from attnctl.app.batch import pngs
+from attnctl.app.batch.axes import Several
+from attnctl.app.batch.faults import Fault, JobError
+from attnctl.app.batch.jobs import FIELDS, Placed, check_jobs
 from attnctl.errors import instead, short
 
 
-def read_jobs(file: Path) -> list[Placed]:
-    """All jobs of a file.
+def read_jobs(file: Path, overrides: dict[str, Any] | None = None) -> list[Placed]:
+    """All jobs of a file, or of the pictures in a folder.
+
+    Args:
+        file: its ending says what it is.
+        overrides: values that stand for whatever it says, see `read_overrides`.
 
     Raises:
         JobError: something in it is wrong; all of it is told.
     """
-    reader = _READERS.get(file.suffix.lower())
-    if reader is None:
-        raise JobError([f"{file}: the name of a job file ends in one of {', '.join(_READERS)}"])
     try:
-        text = file.read_bytes()
-    except OSError as error:
-        raise JobError([f"{file}: cannot be read: {error.strerror or error}"]) from None
-    try:
-        rows = list(reader(text.decode("utf-8-sig")))
-    except UnicodeDecodeError as error:
-        line = text[: error.start].count(b"\n") + 1
-        raise JobError([f"{file}, line {line}: it is not UTF-8 text"]) from None
+        if file.is_dir():
+            empty = f"{file}: it holds no picture of ours"
+            return check_jobs(list(pngs.rows(file)), f"{file}, ", empty, overrides=overrides)
+        return check_jobs(_rows(file), f"{file}, ", f"{file}: it holds no job", file.parent, overrides)
     except Fault as fault:
         raise JobError([f"{file}{fault.place}: {fault.said}"]) from None
-    return check_jobs(rows, f"{file}, ", f"{file}: it holds no job")
+
+
+def _rows(file: Path) -> list[tuple[str, Any]]:
+    reader = _READERS.get(file.suffix.lower())
+    if reader is None:
+        raise Fault(f"the name of a job file ends in one of {', '.join(_READERS)}")
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise Fault(f"cannot be read: {error.strerror or error}") from None
+    try:
+        return list(reader(content.decode("utf-8-sig")))
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise Fault("it is not UTF-8 text", f", line {line}") from None
+
+
+def read_overrides(texts: Iterable[str]) -> dict[str, Any]:
+    """What "seed=5" and "controls=segregation; binding" say, as in a table; a list in square brackets is an axis.
+
+    Raises:
+        JobError: one of them is no override.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or name not in FIELDS:
+            raise JobError([f"--set {short(text)}: write it as field=value; {instead(name, FIELDS)}"])
+        if name in found:
+            raise JobError([f"--set {short(text)}: {name} is set twice"])
+        found[name] = _cell(name, value)
+        if value.startswith("[") and value.endswith("]"):
+            try:
+                ((_, listed),) = _yaml(f"[{value}]")
+            except Fault as fault:
+                raise JobError([f"--set {short(text)}: {fault.said}"]) from None
+            found[name] = Several(listed)
+    return found
 
 
 def _pairs(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:

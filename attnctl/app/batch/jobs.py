@@ -1,33 +1,24 @@
 """Jobs: what a row may hold, its axes, and the check of all rows before the first picture.
 
-A row holds the fields of `Job`, and two axes, each a list of values by field: `product` makes one job of every
-combination, `zip` one of every position.
+A row holds the fields of `Job`, and axes that make many jobs of it, see `axes`.
 """
 
-import json
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from attnctl.app.asked import control_of, with_phrases, without_files
+from attnctl.app.asked import with_phrases, without_files
+from attnctl.app.batch.axes import AXES, expanded, overridden
+from attnctl.app.batch.faults import Fault, JobError
 from attnctl.app.limits import JOBS, LARGEST, STEPS
-from attnctl.errors import AttnctlError, instead, short
-from attnctl.loading import check_name
+from attnctl.errors import AttnctlError, short
+from attnctl.loading import USUAL, check_name
 
-_AXES = ("product", "zip")
-
-
-class JobError(AttnctlError):
-    """What is wrong with a job file, one line for each fault, each with its place."""
-
-    def __init__(self, lines: list[str]):
-        self.lines = lines
-        super().__init__(lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""))
+_HALF = re.compile("[\ud800-\udfff]")  # of a pair that is no text alone
 
 
 class Job(BaseModel):
@@ -89,7 +80,8 @@ class Job(BaseModel):
     @field_validator("model")
     @classmethod
     def _there(cls, value: str) -> str:
-        check_name(value)
+        if value not in USUAL:  # those that ship are there; the others are looked for
+            check_name(value)
         return value
 
     @property
@@ -114,18 +106,32 @@ FIELDS = tuple(Job.model_fields)
 def schema() -> dict[str, Any]:
     """The JSON schema of a row, axes included."""
     whole = Job.model_json_schema()
-    for name in _AXES:
+    for name in AXES:
         values = {field: {"type": "array", "minItems": 1, "items": it} for field, it in whole["properties"].items()}
         whole["properties"] = whole["properties"] | {
-            name: {"type": "object", "properties": {k: v for k, v in values.items() if k not in _AXES}}
+            name: {"type": "object", "properties": {k: v for k, v in values.items() if k not in AXES}}
         }
         whole["properties"][name]["additionalProperties"] = False
+    whole["properties"]["wildcards"] = {"anyOf": [{"const": "all"}, {"type": "integer", "minimum": 1}]}
     del whole["required"]  # an axis may hold the prompt
     return whole
 
 
-def check_jobs(rows: Iterable[tuple[str, Any]], where: str = "", empty: str = "there is no job") -> list[Placed]:
+def check_jobs(
+    rows: Iterable[tuple[str, Any]],
+    where: str = "",
+    empty: str = "there is no job",
+    folder: Path | None = None,
+    overrides: dict[str, Any] | None = None,
+) -> list[Placed]:
     """The jobs of rows, each of which comes with its place.
+
+    Args:
+        rows: (place, row).
+        where: stands before each place.
+        empty: what is said if there is no job.
+        folder: of the job file, where its wildcards lie.
+        overrides: values that stand for whatever the rows say, see `axes.overridden`.
 
     Raises:
         JobError: something is wrong; all of it is told.
@@ -134,7 +140,7 @@ def check_jobs(rows: Iterable[tuple[str, Any]], where: str = "", empty: str = "t
     control_text = cache(_control_text)  # of this file: what a control reads from files may change
     for place, row in rows:
         try:
-            for one in _expanded(row, JOBS - len(jobs)):
+            for one in expanded(overridden(row, overrides or {}), FIELDS, JOBS - len(jobs), folder):
                 jobs.append(Placed(_job(one, control_text), f"{where}{place}"))
         except Fault as fault:
             lines.append(f"{where}{place}{fault.place}: {fault.said}")
@@ -143,13 +149,6 @@ def check_jobs(rows: Iterable[tuple[str, Any]], where: str = "", empty: str = "t
     if not jobs:
         raise JobError([empty])
     return jobs
-
-
-class Fault(Exception):
-    """What is wrong, and where below or beside the row."""
-
-    def __init__(self, said: str, place: str = ""):
-        self.said, self.place = said, place
 
 
 def _job(row: Mapping[str, Any], control_text: Callable[[str, str, str], str]) -> Job:
@@ -166,10 +165,9 @@ def _job(row: Mapping[str, Any], control_text: Callable[[str, str, str], str]) -
             said = said.replace(theirs, ours)
         raise Fault(f"{field} {short(repr(first['input']), 60)}: {said}") from None
     for field, value in job:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise Fault(f"{field} {short(ascii(value), 60)}: it holds half a character") from None
+        for text in value if isinstance(value, tuple) else [value]:
+            if isinstance(text, str) and _HALF.search(text):
+                raise Fault(f"{field} {short(ascii(value), 60)}: it holds half a character")
     try:
         texts = tuple(control_text(text, job.prompt, job.model) for text in job.controls)
         return job.model_copy(update={"controls": texts})
@@ -179,48 +177,4 @@ def _job(row: Mapping[str, Any], control_text: Callable[[str, str, str], str]) -
 
 def _control_text(text: str, prompt: str, model: str) -> str:
     """The text of a control that can be made, with its phrases and without files."""
-    text = with_phrases(text, prompt, model, lambda _: None)
-    control_of(text)
-    return without_files(text)
-
-
-# --- axes -------------------------------------------------------------------------------------------------------------
-
-
-def _expanded(row: Any, most: int) -> Iterator[dict[str, Any]]:
-    """The rows that the axes of a row make of it; the last field of `product` changes fastest."""
-    if not isinstance(row, dict):
-        raise Fault(f"{short(repr(row), 60)} is no row: a row is fields with their values")
-    fixed = {name: value for name, value in row.items() if name not in _AXES}
-    axes = {name: _axis(name, row.get(name, {})) for name in _AXES}
-    for name in fixed:
-        if name not in FIELDS:
-            raise Fault(f"unknown field {short(str(name), 40)!r}; {instead(str(name), (*FIELDS, *_AXES))}")
-    taken = set(fixed)
-    for name, axis in axes.items():
-        if twice := sorted(taken & set(axis)):
-            raise Fault(f"{name}.{twice[0]}: the field is given twice")
-        taken |= set(axis)
-    lengths = {field: len(values) for field, values in axes["zip"].items()}
-    if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{field} {length}" for field, length in lengths.items())
-        raise Fault(f"zip: its lists are as long as each other; here {told}")
-    if math.prod(map(len, axes["product"].values())) * max(lengths.values(), default=1) > most:
-        raise Fault(f"more than {JOBS} jobs")
-    zipped = list(zip(*axes["zip"].values(), strict=True)) if axes["zip"] else [()]
-    for together in zipped:
-        for each in product(*axes["product"].values()):
-            yield (
-                fixed | dict(zip(axes["zip"], together, strict=True)) | dict(zip(axes["product"], each, strict=True))
-            )
-
-
-def _axis(name: str, axis: Any) -> dict[str, list[Any]]:
-    if not isinstance(axis, dict):
-        raise Fault(f"{name} {short(repr(axis), 60)}: it takes fields, each with the list of its values")
-    for field, values in axis.items():
-        if field not in FIELDS:
-            raise Fault(f"{name}: unknown field {short(str(field), 40)!r}; {instead(str(field), FIELDS)}")
-        if not isinstance(values, list) or not values:
-            raise Fault(f"{name}.{field} {short(repr(values), 60)}: it takes a list of values")
-    return axis
+    return without_files(with_phrases(text, prompt, model, lambda _: None))

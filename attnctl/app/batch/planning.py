@@ -105,12 +105,12 @@ def plan(
 
 
 def _grouped(tasks: dict[str, Task], most: int | None) -> list[list[Task]]:
-    speaking = cache(_speaks)  # of this plan: what a control reads from files may change
+    speaking, usual_size = cache(_speaks), cache(usual_group)  # of this plan: files may change
     by_model: dict[str, list[list[Task]]] = {}
     filling: dict[Hashable, list[Task]] = {}
     for task in tasks.values():
         job, kind = task.job, _kind(task.job, speaking)
-        size = usual_group(job.model) if most is None else most
+        size = usual_size(job.model) if most is None else most
         found = filling.get(kind)
         if found is None or len(found) >= size:
             found = filling[kind] = []

@@ -1,0 +1,204 @@
+"""What is learnt from one picture of two things that glyph-sd never saw, with and without calibrated attention.
+
+    python benchmarks/effect.py personalize --pictures 1 --arms plain --arms full --seeds 1
+
+Each picture shows two emoji that are no part of the glyph world, one of the kind of each noun. Every arm trains with
+the same steps and chances. Rates are means over pictures, training seeds and drawings:
+
+own     how much of its own thing a word draws alone: R^2 of the best placed template, 0 to 1
+both    the same for both things, where one prompt names both words
+leak    how much of the other thing a word draws alone
+kind    how much of the ordinary thing of its noun a word draws alone, where it should draw the learnt one
+share   part of a word's map on its own thing, of what is on either thing
+follow  the judge sees the bowl of "a <v1> cat and a red bowl", in red
+
+Results are kept as they come: a killed run goes on where it was. Needs the emoji font.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import attnctl
+from attnctl.app import command
+from attnctl.glyph import judge, scenes
+from attnctl.glyph.words import Prompt
+from attnctl.pipelines import Personalizer
+from attnctl.pipelines.personalize.settings import PRESETS, Settings
+from attnctl.pipelines.personalize.views import View
+from attnctl.sheets import grid
+
+SIDE, DRAWN = 128, 6
+PAIRS = (  # (emoji, noun, the noun's own emoji) twice
+    (("🦊", "cat", "🐱"), ("🚓", "car", "🚗")),
+    (("🐺", "dog", "🐶"), ("🍊", "apple", "🍎")),
+    (("🐼", "bear", "🐻"), ("🚕", "car", "🚗")),
+    (("🐯", "lion", "🦁"), ("🎁", "suitcase", "🧳")),
+    (("🐨", "mouse", "🐭"), ("🍅", "apple", "🍎")),
+    (("🐔", "bird", "🐦"), ("🚙", "car", "🚗")),
+)
+BASE = PRESETS["ours"]
+ARMS: dict[str, Settings] = {
+    "textual inversion": replace(BASE, kv_rate=0.0, bind=0.0, separate=0.0),
+    "plain": replace(BASE, bind=0.0, separate=0.0),  # Custom Diffusion: keys and values, and words
+    "binding": replace(BASE, separate=0.0),
+    "separate": replace(BASE, bind=0.0),
+    "no suppression": replace(BASE, power=1),
+    "full": BASE,
+}
+BOWL = Prompt("a red bowl", "objects", (("bowl", "red"),))
+MEASURES = ("own", "both", "leak", "kind", "share", "follow")
+
+
+def emoji(glyph: str, longer: int, angle: float = 0, mirror: bool = False) -> np.ndarray[Any, Any]:
+    """(height, width, 4), premultiplied, 0 to 1, its longer side so many pixels."""
+    image = Image.new("RGBA", (160, 160))
+    font = ImageFont.truetype(scenes.font_path(), 109)
+    ImageDraw.Draw(image).text((8, 8), glyph, font=font, embedded_color=True)
+    image = Image.frombytes("RGBa", image.size, image.tobytes())  # on nothing, colours come out premultiplied
+    image = image.rotate(angle, Image.Resampling.BILINEAR, expand=True)
+    image = (ImageOps.mirror(image) if mirror else image).crop(image.getbbox())
+    size = [max(4, round(length * longer / max(image.size))) for length in image.size]
+    return np.asarray(image.resize((size[0], size[1]), Image.Resampling.LANCZOS), np.float32) / 255
+
+
+def reference(pair: Any) -> tuple[Image.Image, Tensor]:
+    """The picture of a pair, and (2, side, side) where its things are, which only the measures see."""
+    along = np.mgrid[0 : 1 : SIDE * 1j, 0 : 1 : SIDE * 1j].mean(0)[..., None]
+    canvas = (np.array([150, 205, 190]) * (1 - along) + np.array([205, 190, 225]) * along) / 255
+    masks = torch.zeros(2, SIDE, SIDE)
+    for k, ((glyph, *_), (longer, x, y)) in enumerate(zip(pair, ((52, 6, 38), (56, 66, 44)), strict=True)):
+        patch = emoji(glyph, longer)
+        window = slice(y, y + patch.shape[0]), slice(x, x + patch.shape[1])
+        canvas[window] = patch[..., :3] + canvas[window] * (1 - patch[..., 3:])
+        masks[k][window] = torch.from_numpy(patch[..., 3] > 0.5).float()
+    return Image.fromarray((canvas.clip(0, 1) * 255).round().astype(np.uint8)), masks
+
+
+@torch.no_grad()
+def likeness(images: Sequence[Image.Image], glyph: str) -> Tensor:
+    """(images,): how much of an emoji each shows: 1 - squared error over spread of the best placed template."""
+    arrays = np.stack([np.asarray(image, np.float32) for image in images]) / 255
+    x = F.avg_pool2d(torch.from_numpy(arrays).permute(0, 3, 1, 2), 4)
+    best = torch.zeros(len(images))
+    for longer in (40, 48, 57, 68, 81, 96):
+        for angle in (-9, 0, 9):
+            for mirror in (False, True):
+                patch = F.avg_pool2d(torch.from_numpy(emoji(glyph, longer, angle, mirror)).permute(2, 0, 1), 4)
+                mask = (patch[3] > 0.6).float()
+                look = patch[:3] / patch[3].clamp_min(1e-3) * mask
+                spread = ((look - look.sum() / (3 * mask.sum())) * mask).square().sum()
+                error = F.conv2d(x.square().sum(1, keepdim=True), mask[None, None]) - 2 * F.conv2d(x, look[None])
+                found = 1 - (error + look.square().sum()) / spread
+                best = torch.maximum(best, found.flatten(1).amax(1))
+    return best
+
+
+def shares(pipe: Any, personalizer: Personalizer, picture: Image.Image, masks: Tensor) -> list[float]:
+    """For each word, the part of its map on its own thing, of what is on either, in the training picture."""
+    from attnctl import attach
+    from attnctl.maps.live import LiveMaps
+    from attnctl.pipelines.personalize.views import pixels
+
+    words = [one.word for one in personalizer.concepts]
+    text = " and ".join(f"a {one.phrase}" for one in personalizer.concepts)
+    live, times = LiveMaps(*words, where="factor:1"), torch.tensor([300, 500, 700])
+    with torch.no_grad():
+        shown = pixels([View().picture(picture, SIDE)])
+        latents = pipe.vae.encode(shown).latent_dist.mode() * pipe.vae.config.scaling_factor
+        noise = torch.randn(3, *latents.shape[1:], generator=torch.Generator().manual_seed(0))
+        a = pipe.scheduler.alphas_cumprod[times].view(-1, 1, 1, 1)
+        states = pipe.encode_prompt(text, "cpu", 1, False)[0].repeat(3, 1, 1)
+        with attach(pipe, live) as attached, attached.batch([text] * 3) as batch:
+            pipe.unet(a.sqrt() * latents + (1 - a).sqrt() * noise, times, states)
+        maps = batch.state(live).maps().mean(0)  # (words, height, width)
+    cells = F.adaptive_avg_pool2d(masks, maps.shape[-1])
+    return [float((maps[k] * cells[k]).sum() / (maps[k] * cells.sum(0)).sum()) for k in range(2)]
+
+
+def trial(pair: Any, settings: Settings, eye: Any) -> tuple[dict[str, float], list[list[Image.Image]]]:
+    """Train one arm on one picture; its measures, and what it drew, by prompt."""
+    pipe, (picture, masks) = attnctl.load("glyph-sd"), reference(pair)
+    pipe.set_progress_bar_config(disable=True)
+    nouns = [noun for _, noun, _ in pair]
+    personalizer = Personalizer(pipe, nouns, **settings.to_dict())
+    start = time.perf_counter()
+    personalizer.learn(picture)
+    seconds = time.perf_counter() - start
+    one, two = (concept.phrase for concept in personalizer.concepts)
+    rows = []
+    for prompt in (f"a {one}", f"a {two}", f"a {one} and a {two}", f"a {one} and a red bowl"):
+        dice = [torch.Generator().manual_seed(500 + k) for k in range(DRAWN)]
+        rows.append(pipe([prompt] * DRAWN, num_inference_steps=20, guidance_scale=3.0, generator=dice).images)
+    (first, _, first_kind), (second, _, second_kind) = pair
+    bowl = [reading.satisfies(BOWL) for reading in eye.read(rows[3])]
+    found = {
+        "own": float(torch.cat([likeness(rows[0], first), likeness(rows[1], second)]).mean()),
+        "both": float(torch.cat([likeness(rows[2], first), likeness(rows[2], second)]).mean()),
+        "leak": float(torch.cat([likeness(rows[0], second), likeness(rows[1], first)]).mean()),
+        "kind": float(torch.cat([likeness(rows[0], first_kind), likeness(rows[1], second_kind)]).mean()),
+        "share": mean(shares(pipe, personalizer, picture, masks)),
+        "follow": mean(float(all(present) and all(colours)) for present, colours in bowl),
+        "seconds": seconds,
+    }
+    return found, rows
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(help=__doc__)
+def main(
+    arms: Annotated[list[str], typer.Option(help=f"Any of {', '.join(ARMS)}.")] = list(ARMS),  # noqa: B006
+    pictures: Annotated[int, typer.Option(min=1, max=len(PAIRS), help="So many of the six pictures.")] = len(PAIRS),
+    seeds: Annotated[int, typer.Option(min=1, help="Training seeds.")] = 3,
+    steps: Annotated[int, typer.Option(min=1)] = BASE.steps,
+    out: Annotated[Path, typer.Option(help="Folder for results and sheets.")] = Path("out/personalize"),
+) -> None:
+    if unknown := [name for name in arms if name not in ARMS]:
+        raise typer.BadParameter(f"no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
+    command.check_writable(out)
+    out.mkdir(parents=True, exist_ok=True)
+    log, console, eye = out / "results.jsonl", Console(), judge.load()
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    done = {(one["arm"], one["picture"], one["seed"], one["steps"]): one for one in lines}
+    wanted = [(arm, picture, seed, steps) for picture in range(pictures) for seed in range(seeds) for arm in arms]
+    for key in wanted:
+        if key in done:
+            continue
+        arm, picture, seed, _ = key
+        found, rows = trial(PAIRS[picture], replace(ARMS[arm], seed=seed, steps=steps), eye)
+        done[key] = {"arm": arm, "picture": picture, "seed": seed, "steps": steps} | found
+        with log.open("a") as file:
+            file.write(json.dumps(done[key]) + "\n")
+        cells: list[Any] = [[("", image) for image in row] for row in rows]
+        grid(cells, points=10).save(out / f"{arm.replace(' ', '-')}-{picture}-{seed}.png")
+        console.print(f"{arm}, picture {picture}, seed {seed}: {found['seconds']:.0f} s")
+    table = Table("arm", "trainings", *MEASURES, "seconds", box=SIMPLE_HEAD)
+    for arm in arms:
+        own = [done[key] for key in wanted if key[0] == arm]
+        told = [f"{mean(one[name] for one in own):.2f}{_spread([one[name] for one in own])}" for name in MEASURES]
+        table.add_row(arm, str(len(own)), *told, f"{mean(one['seconds'] for one in own):.0f}")
+    console.print(table)
+    console.print(f"{log}")
+
+
+def _spread(values: Sequence[float]) -> str:
+    """The standard error of a mean."""
+    return f" ±{stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
