@@ -17,10 +17,11 @@ from attnctl import demos  # noqa: E402
 from attnctl.app import asked, recipe  # noqa: E402
 from attnctl.app.clicks import toggled  # noqa: E402
 from attnctl.app.control_settings import cards  # noqa: E402
+from attnctl.app.control_text import parse_control  # noqa: E402
 from attnctl.app.region_text import redrawn  # noqa: E402
 from attnctl.app.service import Asked, Limits, Service  # noqa: E402
 from attnctl.demos import heads, regions  # noqa: E402
-from attnctl.demos.api import opened  # noqa: E402
+from attnctl.demos.api import opened, told  # noqa: E402
 from attnctl.demos.cards import EXAMPLES, listed  # noqa: E402
 from attnctl.demos.chips import chips  # noqa: E402
 from attnctl.demos.studio import page  # noqa: E402
@@ -133,6 +134,16 @@ def test_the_head_grid_shows_heads_and_changes_them(studio):
     assert toggled(sites, "6 7:2", "7:2") == "6" and toggled(sites, "6", "6:1") == "6:0 6:2 6:3"
     assert toggled(sites, "6:0", "6") == "6" and toggled(sites, "6 7", "6") == "7"
     assert toggled(sites, "nonsense", "3:1") == "3:1" and heads.grid([], "mid") == heads.NO_GRID
+
+
+def test_what_a_visitor_writes_names_no_file(studio, tmp_path):
+    (tmp_path / "heads.json").write_text('{"heads": "3"}')
+    Image.new("L", (8, 8), 255).save(tmp_path / "mask.png")
+    assert pressed(heads.grid(studio.sites(), str(tmp_path / "heads.json"))) == []
+    read = told(lambda text: parse_control(text, asked.known_controls()))
+    with pytest.raises(gradio.Error, match="no files are read here"):
+        read(f"regions(masks=[[cat, {tmp_path / 'mask.png'}]])")
+    assert read("regions(masks=[[cat, [0, 0, 1, 1]]])").phrases == ("cat",)
 
 
 # --- complaints -------------------------------------------------------------------------------------------------------
