@@ -4,8 +4,10 @@
     python benchmarks/effect.py --subset
     python benchmarks/effect.py perturb
     python benchmarks/effect.py regions
+    python benchmarks/effect.py compose
 
-The last two are perturbation guidance, see perturb_effect.py, and regions, see placing.py (`perturb --help`).
+The last three are perturbation guidance, see perturb_effect.py, regions, see placing.py, and composition, see
+compose_effect.py (`perturb --help`).
 All conditions draw from the same noise. Results are kept as they come: a killed run goes on where it was.
 """
 
@@ -165,6 +167,10 @@ def run() -> NoReturn:
         import placing
 
         command.run(placing.app, "effect regions", sys.argv[2:])
+    if sys.argv[1:2] == ["compose"]:
+        import compose_effect
+
+        command.run(compose_effect.app, "effect compose", sys.argv[2:])
     command.run(app, "effect", repeated(sys.argv[1:]))
 
 

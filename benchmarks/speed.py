@@ -3,6 +3,7 @@
     python benchmarks/speed.py attach maps
 
 attach: an attachment without controls, and one that sits at every site and does nothing.
+compose: compositions, see compose_speed.py; passes and time against the plain run.
 guided: guidance by gradients, see guided.py; ours against diffusers' Attend-and-Excite, in time and memory.
 perturb: perturbation guidance, see perturb_speed.py; ours against diffusers' PAG pipeline of SD 3, in time and memory.
 personalize: training steps with calibrated attention, see personalize_speed.py; of glyph-sd and sd15 alone.
@@ -23,6 +24,7 @@ from statistics import median
 from typing import Annotated, Any, ClassVar
 
 import batch_speed
+import compose_speed
 import guided
 import personalize_speed
 import perturb_speed
@@ -121,7 +123,7 @@ def machine() -> dict[str, Any]:
 
 
 app = typer.Typer(add_completion=False)
-APART = ("guided", "perturb", "regions", "batch", "personalize")  # topics with a table of their own
+APART = ("compose", "guided", "perturb", "regions", "batch", "personalize")  # topics with a table of their own
 
 
 @app.command(help=__doc__)
@@ -143,6 +145,7 @@ def main(
             for name in model
             if "personalize" in topics and name in personalize_speed.ROWS
         ]
+        compositions = [compose_speed.measure(name, bar) for name in model if "compose" in topics]
         perturbation = perturb_speed.measure(repeats, bar) if "perturb" in topics else None
         areas = [m for m in regions_speed.MODELS if m in model] if "regions" in topics else []
         placed = [regions_speed.measure(name, repeats, bar, device) for name in areas]
@@ -150,6 +153,7 @@ def main(
     out.parent.mkdir(parents=True, exist_ok=True)
     results = {"measured": found, "guided": guidance, "perturb": perturbation, "regions": placed, "batch": batches}
     results["personalize"] = trained
+    results["compose"] = compositions
     out.write_text(json.dumps({"machine": machine()} | results, indent=1))
     console = Console()
     table = Table("model", "setting", "time / plain", title=f"medians of {repeats} alternating rounds")
@@ -163,6 +167,8 @@ def main(
         guided.show(guidance, console)
     if trained:
         personalize_speed.show(trained, console)
+    for each in compositions:
+        compose_speed.show(each, console)
     if perturbation:
         perturb_speed.show(perturbation, console)
     if placed:

@@ -4,7 +4,8 @@ One file per recipe. A recipe may use `attnctl` and `attnctl.processors`; nothin
 """
 
 from .astar import AStarPipeline
-from .compose import Composition, PrimeComposer
+from .compose import PrimeComposer
+from .compositions import Composition
 from .personalizer import Personalizer
 
 __all__ = ["AStarPipeline", "Composition", "Personalizer", "PrimeComposer"]

@@ -16,13 +16,15 @@ The preset "paper" follows the paper's figure; "ours" is what was best on glyph-
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -33,95 +35,16 @@ from attnctl.engine.control import Control
 from attnctl.engine.families.registry import discover, family_of
 from attnctl.errors import ControlError
 from attnctl.pipelines.compose_settings import settings_of
+from attnctl.pipelines.compositions import Composed, Composition, Plan, thing_of, words_of
 from attnctl.pipelines.inversion import Path, Solver, decode, encode, invert, packed, redrawn, sampling
-from attnctl.pipelines.pasting import Pasted, box_in, object_mask, opened, paste
+from attnctl.pipelines.object_masks import mask_from_words
+from attnctl.pipelines.pasting import box_in, object_mask, opened, paste
 from attnctl.processors.composition import Infusion, ObjectWords, object_cells, pasted
-from attnctl.words.subjects import SubjectsError, read_subjects
 
 KEPT = 32
-"""How many inversions a composer keeps."""
+"""How many inversions a composer keeps for each composition of a group."""
 OF_PROMPTS = ("negative_prompt", "negative_prompt_2", "negative_prompt_3", "true_cfg_scale", "generator")
 """Arguments of a pipeline that are for the composition alone, not for inversions."""
-
-
-@dataclass(frozen=True, eq=False)
-class Composition:
-    """What is to be composed.
-
-    Attributes:
-        background: a picture, or the path of one.
-        thing: the object's picture, or the path of one.
-        box: where it goes, (left, top, right, bottom): shares of the background, or its pixels.
-        prompt: names the background's things and the object.
-        mask: the object in its picture: anything a `Region` is made of. None: the picture's alpha channel.
-        words: phrases of the prompt that mean the object. None: the last thing that the prompt names.
-        others: phrases of the prompt that mean things of the background. None: all other things that the prompt names.
-        seed: of what noise is drawn, if any.
-    """
-
-    background: Any
-    thing: Any
-    box: Any
-    prompt: str
-    mask: Any = None
-    words: Sequence[str] | str | None = None
-    others: Sequence[str] | None = None
-    seed: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class Composed:
-    """What was made of a composition.
-
-    Attributes:
-        picture: the result.
-        background, pasted: on the same pixels: the background, and it with the object's pixels pasted in.
-        mask: of the object, (height, width) float32.
-        box: (left, top, right, bottom) in pixels; outside of it the picture is the background's inversion.
-        words, others: phrases that were taken for the object's and the background's.
-        lost: how far the way back from its inversion is from the pasted picture's latents, relative to them, as a root
-            mean square; None unless asked for.
-        passes: forwards of the denoiser for this picture, by name; "inversion" are those of both pictures.
-        seconds: for this picture, as a share of its group.
-        kept: bytes that infusion kept at once, for the whole group.
-    """
-
-    picture: Image.Image
-    background: Image.Image
-    pasted: Image.Image
-    mask: Any
-    box: tuple[int, int, int, int]
-    words: tuple[str, ...]
-    others: tuple[str, ...]
-    lost: float | None
-    passes: dict[str, float]
-    seconds: float
-    kept: int = 0
-    report: Report | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, without the pictures."""
-        names = ("box", "words", "others", "lost", "passes", "seconds", "kept")
-        return {name: getattr(self, name) for name in names}
-
-
-@dataclass(eq=False)
-class Plan:
-    """A group of compositions on one grid.
-
-    Attributes:
-        size: (height, width) in pixels.
-        cells: (images, height, width) bool, the object's latent cells.
-        boxes: (images, height, width) bool, the cells that are drawn.
-    """
-
-    asked: Sequence[Composition]
-    pasted: list[Pasted]
-    words: list[tuple[str, ...]]
-    others: list[tuple[str, ...]]
-    size: tuple[int, int]
-    cells: Tensor
-    boxes: Tensor
 
 
 class PrimeComposer:
@@ -140,7 +63,7 @@ class PrimeComposer:
     def __init__(self, pipe: Any, preset: str = "ours", **settings: Any) -> None:
         self.family = family_of(pipe)[0]
         self.pipe, self.settings = pipe, settings_of(preset, **settings)
-        self._paths: OrderedDict[str, list[Tensor]] = OrderedDict()
+        self.paths: OrderedDict[str, list[Tensor]] = OrderedDict()
 
     def __call__(
         self, background: Any, thing: Any, box: Any, prompt: str, *, controls: Sequence[Control] = (),
@@ -176,9 +99,9 @@ class PrimeComposer:
             SubjectsError: a phrase is to be read from a prompt, and the tagger is not installed.
         """
         begun, settings = time.perf_counter(), self.settings
-        plan = self.plan(compositions, size)
         of_inversion = {name: value for name, value in arguments.items() if name not in OF_PROMPTS}
-        grounds, wholes, calls = self._inverted(plan, of_inversion)
+        plan = self.plan(compositions, size, **of_inversion)
+        grounds, wholes, calls = self.inverted(plan, of_inversion)
         lost = self._lost(wholes, plan, of_inversion) if measure else [None] * len(compositions)
         latents, report, kept = self._drawn(plan, grounds, wholes, controls, arguments)
         pictures = decode(self.pipe, latents, plan.size)
@@ -190,7 +113,7 @@ class PrimeComposer:
                 background=Image.fromarray(one.background),
                 pasted=Image.fromarray(one.picture),
                 mask=one.mask,
-                box=_pixels(plan.boxes[n], plan.size),
+                box=plan.drawn(n),
                 words=plan.words[n],
                 others=plan.others[n],
                 lost=lost[n],
@@ -202,10 +125,34 @@ class PrimeComposer:
             for n, one in enumerate(plan.pasted)
         ]
 
+    def in_turn(self, compositions: Sequence[Composition], **options: Any) -> list[Composed]:
+        """Put several objects into one background, one after the other; each goes into the picture of the one before.
+
+        Args:
+            compositions: their prompts name all objects; the background is that of the first. Without `words`, the
+                objects are the last things of the prompt, in their order.
+            options: as for `batch`.
+
+        Returns:
+            What was made in each turn; the last has all objects.
+
+        Raises:
+            PhraseError: a prompt names fewer things than there are objects.
+        """
+        made: list[Composed] = []
+        first = opened(compositions[0].background, "background") if compositions else None
+        for number, one in enumerate(compositions):
+            words = one.words if one.words is not None else thing_of(one.prompt, number - len(compositions))
+            assert first is not None
+            box = box_in(one.box, first.size)  # of the first background's pixels, whatever size is composed at
+            ground = made[-1].picture if made else first
+            made += self.batch([replace(one, background=ground, box=box, words=words)], **options)
+        return made
+
     # --- before drawing -----------------------------------------------------------------------------------------------
 
-    def plan(self, compositions: Sequence[Composition], size: tuple[int, int] | None = None) -> Plan:
-        """Pictures, masks and words, made ready; nothing is run. See `batch`."""
+    def plan(self, compositions: Sequence[Composition], size: tuple[int, int] | None = None, **arguments: Any) -> Plan:
+        """Pictures, masks and words, made ready; nothing is run but for masks from words. See `batch`."""
         if not compositions or not all(isinstance(one, Composition) for one in compositions):
             raise ControlError("batch takes compositions, at least one")
         made, width_height = [], size
@@ -213,13 +160,16 @@ class PrimeComposer:
             unit = self._unit()
             if min(width_height) < unit or any(side % unit for side in width_height):
                 raise ControlError(f"both sides of the size must be multiples of {unit} for this model, not {size}")
-        for one in compositions:
+        named = [words_of(one) for one in compositions]
+        for one, (words, _) in zip(compositions, named, strict=True):
             background, thing = opened(one.background, "background"), opened(one.thing, "object")
             width_height = width_height or self.fitting(background.size)
             where = box_in(one.box, background.size)
-            made.append(paste(background, thing, object_mask(thing, one.mask), where, width_height, self.settings.fit))
+            mask = one.mask
+            if isinstance(mask, str) and mask == "words":
+                mask = mask_from_words(self.pipe, thing, self.fitting(thing.size), words, one.seed, **arguments)
+            made.append(paste(background, thing, object_mask(thing, mask), where, width_height, self.settings.fit))
         assert width_height is not None
-        named = [_words_of(one) for one in compositions]
         factor = self._factor()
         cells, boxes = [], []
         for each in made:
@@ -251,19 +201,26 @@ class PrimeComposer:
 
     def _unit(self) -> int:
         """What both sides of a picture must be multiples of."""
-        patch = min((site.factor for site in discover(self.pipe) if site.kind == "joint" and site.factor), default=1)
+        patch = min((site.factor for site in discover(self.pipe) if site.kind == "joint" and site.factor), default=None)
+        if patch is None:
+            return math.lcm(self._factor(), 8)  # which pipelines around a UNet insist on
         return self._factor() * patch
 
     # --- inversion ----------------------------------------------------------------------------------------------------
 
-    def _inverted(self, plan: Plan, arguments: dict[str, Any]) -> tuple[Path, Path, int]:
-        """Inversions of the backgrounds and of the objects' pictures, and the denoiser calls of each, or 0."""
+    def inverted(self, plan: Plan, arguments: dict[str, Any] | None = None) -> tuple[Path, Path, int]:
+        """Inversions of the backgrounds and of the objects' pictures, and the denoiser calls for each composition.
+
+        Those that are known from an earlier call, by picture and settings, cost nothing.
+        """
+        arguments = arguments or {}
         alone = self.settings.invert == "alone"
         pictures = [one.background for one in plan.pasted]
         pictures += [one.alone if alone else one.picture for one in plan.pasted]
-        told = repr((self.settings.steps, self.settings.solver, self.settings.rounds, self._adapters(), arguments))
+        settings = self.settings.steps, self.settings.solver, self.settings.rounds
+        told = told_of([settings, self._adapters(), dict(self.pipe.scheduler.config), arguments])
         names = [sha256(one.tobytes() + repr(one.shape).encode() + told.encode()).hexdigest() for one in pictures]
-        missing = [n for n, name in enumerate(names) if name not in self._paths and name not in names[:n]]
+        missing = [n for n, name in enumerate(names) if name not in self.paths and name not in names[:n]]
         made: dict[str, list[Tensor]] = {}
         if missing:
             latents = encode(self.pipe, [Image.fromarray(pictures[n]) for n in missing])
@@ -272,10 +229,10 @@ class PrimeComposer:
                 **arguments,
             )  # fmt: skip
             made = {names[n]: [node[i : i + 1] for node in path] for i, n in enumerate(missing)}
-        paths = [made[name] if name in made else self._paths[name] for name in names]
-        self._paths.update(made)
-        while len(self._paths) > KEPT:
-            self._paths.popitem(last=False)
+        paths = [made[name] if name in made else self.paths[name] for name in names]
+        self.paths.update(made)
+        while len(self.paths) > KEPT * len(plan.asked):
+            self.paths.popitem(last=False)
         joined = [torch.cat(nodes) for nodes in zip(*paths, strict=True)]
         count = len(plan.asked)
         calls = len(missing) / count * self._calls() if missing else 0
@@ -352,19 +309,18 @@ class PrimeComposer:
         return torch.cat(drawn).to(like)
 
 
-def _words_of(one: Composition) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(the object's phrases, the background's)."""
-    words = (one.words,) if isinstance(one.words, str) else one.words
-    if words is not None and one.others is not None:
-        return tuple(words), tuple(one.others)
-    try:
-        named = [subject.whole for subject in read_subjects(one.prompt)]
-    except SubjectsError as error:
-        raise SubjectsError(f"{error}; or name words= of the object and others= of the background") from None
-    words = tuple(words) if words is not None else tuple(named[-1:])
-    mine = {word for phrase in words for word in phrase.lower().split()}
-    rest = tuple(phrase for phrase in named if not mine & set(phrase.lower().split()))
-    return words, rest if one.others is None else tuple(one.others)
+def told_of(value: Any) -> str:
+    """What an argument says, as text: the same for what is the same, another for what is not."""
+    if isinstance(value, Image.Image):
+        return f"{value.mode} {value.size} {sha256(value.tobytes()).hexdigest()}"
+    if isinstance(value, (Tensor, np.ndarray)):
+        array = value.detach().float().cpu().numpy() if isinstance(value, Tensor) else value
+        return f"{array.dtype} {array.shape} {sha256(np.ascontiguousarray(array).tobytes()).hexdigest()}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {told_of(one)}" for name, one in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(told_of, value)) + "]"
+    return repr(value)
 
 
 def _grown(box: Tensor, cells: int) -> Tensor:
@@ -372,11 +328,3 @@ def _grown(box: Tensor, cells: int) -> Tensor:
     if not cells:
         return box
     return F.max_pool2d(box.float()[None, None], 2 * cells + 1, 1, cells)[0, 0] > 0
-
-
-def _pixels(box: Tensor, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The rectangle around a mask of cells, in pixels of a picture of (height, width)."""
-    rows, columns = box.any(1).nonzero().flatten(), box.any(0).nonzero().flatten()
-    down, across = size[0] / box.shape[0], size[1] / box.shape[1]
-    left, right = int(columns[0]) * across, (int(columns[-1]) + 1) * across
-    return round(left), round(int(rows[0]) * down), round(right), round((int(rows[-1]) + 1) * down)

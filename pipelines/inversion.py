@@ -114,6 +114,7 @@ class Solver:
         rounds: of the fixed-point iteration, for ddim backwards.
         start: first node, for the way forwards; so many steps are left out.
         after: called with the latents at each node that was reached forwards, and the node; returns what to go on with.
+        schedule: instead of the scheduler's.
 
     Attributes:
         path: the latents at each node that was reached.
@@ -133,12 +134,13 @@ class Solver:
         rounds: int = 3,
         start: int = 0,
         after: Callable[[Tensor, int], Tensor] | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
         flow = is_flow(scheduler)
         if flow and method == "dpm":
             raise ControlError("dpm is for diffusion models; this one is of flow matching, which takes ddim (Euler)")
         self.scheduler, self.config = scheduler, scheduler.config
-        self.steps, self.start, self.after = steps, start, after
+        self.steps, self.start, self.after, self._given = steps, start, after, schedule
         self.backwards, self.multistep = backwards, not flow and method != "ddim"
         self.rounds = rounds if backwards and not self.multistep else 0
         self.path: dict[int, Tensor] = {}
@@ -152,7 +154,7 @@ class Solver:
         self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None, mu: float | None = None
     ) -> None:
         """Begin. The number of steps is ours; what a flow-matching pipeline adds shapes the schedule."""
-        self.schedule = self._schedule(device, sigmas, mu)
+        self.schedule = self._given or self._schedule(device, sigmas, mu)
         if not self.backwards:
             self._plan = [(i, i, i + 1) for i in range(self.start, self.steps)]
         elif not self.rounds:

@@ -66,7 +66,11 @@ def object_mask(picture: Image.Image, mask: Any) -> Floats:
     if mask is not None:
         if isinstance(mask, (str, Path)):  # a photograph's mask is turned as the photograph is
             mask = opened(mask, "mask")
-        found = Region(mask).on(size, size).numpy()
+        region = Region(mask)
+        if region.mask is not None and abs(region.mask.shape[1] / region.mask.shape[0] * size[0] / size[1] - 1) > 0.05:
+            shape = f"{region.mask.shape[1]} x {region.mask.shape[0]}"
+            raise ControlError(f"the mask is {shape}, and the object's picture {size[1]} x {size[0]}: another shape")
+        found = region.on(size, size).numpy()
     elif picture.mode == "RGBA":
         found = np.asarray(picture.getchannel("A"), np.float32) / 255
         if found.min() == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +13,15 @@ from PIL import Image, ImageDraw
 
 from attnctl.app import cli
 from attnctl.app.command import UsageError
-from attnctl.app.compose_command import numbers, settings, size_of
+from attnctl.app.compose_command import compositions, numbers, settings, size_of
 from attnctl.errors import ControlError, PhraseError
+from attnctl.glyph.scenes import Renderer
 from attnctl.pipelines import Composition, PrimeComposer, compose
 from attnctl.pipelines.compose_settings import PRESETS, Settings, settings_of
 from attnctl.pipelines.inversion import decode, encode
+from attnctl.pipelines.object_masks import mask_from_words
+from attnctl.pipelines.pasting import box_in, object_mask, opened, paste
+from attnctl.processors import Pag, TokenMaps
 
 PROMPT = "a cat and a red dog"
 LONG = dict.fromkeys(("sd3", "sd35", "flux"), {"max_sequence_length": 16})
@@ -82,14 +87,15 @@ def test_inversions_are_kept_and_told_apart():
     assert other.picture.tobytes() != first.picture.tobytes()
 
 
+@pytest.mark.slow
 def test_each_setting_does_something():
     pipe = tiny.sd1()
-    base = {"steps": 4, "start": 0.0, "infuse": 0.5}
+    base = {"steps": 3, "start": 0.0, "infuse": 0.5}
     plain = PrimeComposer(pipe, **base)(**vars(asked()), size=(48, 32)).picture.tobytes()
     for change in (
         {"start": 0.5}, {"guidance": 4.0}, {"invert": "alone"}, {"rim": "noise"}, {"infuse": 0.0}, {"rows": "columns"},
         {"rows": "all"}, {"words": "object"}, {"words": "none"}, {"blend": 0.5}, {"paste": 0.6}, {"extended": True},
-        {"margin": 3}, {"solver": "ddim"}, {"fit": "stretch"}, {"steps": 5},
+        {"margin": 3}, {"solver": "ddim"}, {"fit": "stretch"}, {"steps": 4},
     ):  # fmt: skip
         made = PrimeComposer(pipe, **base | change)(**vars(asked(thing=scene()[1].resize((40, 30)))), size=(48, 32))
         assert made.picture.tobytes() != plain, change
@@ -116,7 +122,7 @@ def test_what_cannot_be_composed_is_named():
     ):
         with pytest.raises(error, match=text):
             composer(**vars(asked(**change)), size=(48, 32))
-    with pytest.raises(ControlError, match="multiples of 2"):
+    with pytest.raises(ControlError, match="multiples of 8"):
         composer(**vars(asked()), size=(47, 32))
     with pytest.raises(ControlError, match="there is no setting 'infusion'; did you mean infuse"):
         PrimeComposer(pipe, infusion=1)
@@ -147,10 +153,11 @@ def test_the_command_line_composes(tmp_path, capsys, monkeypatch):
         cli.run(cli.app, "attnctl", [*words.split(), *more])
     assert end.value.code == 0
     said = capsys.readouterr()
-    assert "the object is 'apple'" in said.err and "latents are off by" in said.out and "MiB" in said.out
+    assert "an object is 'apple'" in said.err and "latents are off by" in said.out and "MiB" in said.out
     assert Image.open("made/a-cat-and-an-apple-0-composed.png").size == (64, 64)
     report = json.loads((tmp_path / "made/a-cat-and-an-apple-0-report.json").read_text())
-    assert report["words"] == ["apple"] and report["others"] == ["cat"] and report["settings"] == {"steps": 2}
+    (only,) = report["objects"]
+    assert only["words"] == ["apple"] and only["others"] == ["cat"] and report["settings"] == {"steps": 2}
 
 
 @pytest.mark.parametrize(
@@ -167,3 +174,128 @@ def test_the_command_line_composes(tmp_path, capsys, monkeypatch):
 def test_options_that_make_no_sense(what, text):
     with pytest.raises(UsageError, match=text):
         what()
+
+
+def test_photographs_are_seen_as_they_are_meant(tmp_path):
+    """EXIF rotation is applied, to a mask's file, too; alpha of WebP and PNG cuts out; boxes may be in pixels."""
+    ground, disk = scene((60, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    ground.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "ground.jpg", exif=exif, quality=95)
+    turned = opened(tmp_path / "ground.jpg", "background")
+    assert turned.size == (60, 40)
+    assert np.abs(np.asarray(turned, int) - np.asarray(ground)).mean() < 3
+    for name in ("disk.png", "disk.webp"):
+        disk.save(tmp_path / name)
+        mask = object_mask(opened(tmp_path / name, "object"), None)
+        assert mask.shape == (40, 40) and 700 < mask.sum() < 900
+    upper = np.zeros((40, 40), bool)
+    upper[:10] = True
+    Image.fromarray(upper).transpose(Image.Transpose.ROTATE_90).convert("L").save(tmp_path / "mask.jpg", exif=exif)
+    assert object_mask(disk, tmp_path / "mask.jpg")[:8].mean() > 0.9
+    assert box_in((0.5, 0.25, 0.9, 0.9), (60, 40)) == pytest.approx(box_in((30, 10, 54, 36), (60, 40)))
+    with pytest.raises(ControlError, match="the mask is 40 x 20, and the object's picture 40 x 40: another shape"):
+        object_mask(disk, upper[:20])
+    (tmp_path / "broken.png").write_bytes((tmp_path / "disk.png").read_bytes()[:60])
+    with pytest.raises(ControlError, match="broken.png: it is not a whole picture"):
+        opened(tmp_path / "broken.png", "object")
+
+
+def test_an_object_keeps_its_shape_in_its_box():
+    ground, _ = scene((60, 40))
+    wide = Image.new("RGBA", (50, 50))
+    ImageDraw.Draw(wide).rectangle((5, 20, 44, 29), fill=(220, 30, 40, 255))
+    for fit, (width, height) in (("inside", (20, 5)), ("stretch", (20, 16))):
+        made = paste(ground, wide, object_mask(wide, None), (0.5, 0.3, 5 / 6, 0.7), (60, 40), fit)
+        rows, columns = np.flatnonzero((made.mask > 0.5).any(1)), np.flatnonzero((made.mask > 0.5).any(0))
+        assert (len(columns), len(rows)) == (width, height) and made.box == (30, 12, 50, 28)
+        assert abs((rows[0] + rows[-1]) / 2 - 19.5) <= 1 and columns[0] == 30  # in the middle
+        inside = made.mask > 0.99
+        assert np.abs(made.picture[inside].astype(int) - (220, 30, 40)).max() <= 2
+        assert (made.picture[made.mask == 0] == made.background[made.mask == 0]).all()
+
+
+def test_sizes_fit_the_model():
+    composer = PrimeComposer(tiny.sd3())  # 16 cells of 2 pixels a side; tokens of 4 pixels
+    assert composer.fitting((4000, 3000)) == (36, 28) and composer.fitting((100, 100)) == (32, 32)
+    made = composer(**vars(asked(background=scene((400, 300))[0])), **LONG["sd3"])
+    assert made.picture.size == (36, 28)
+    whole = made.onto(scene((400, 300))[0])
+    assert whole.size == (400, 300)
+    changed = np.flatnonzero((np.asarray(whole) != np.asarray(scene((400, 300))[0])).any((0, 2)))
+    left, right = (round(side * 400 / 36) for side in made.box[::2])
+    assert left <= changed[0] and changed[-1] < right
+
+
+def test_a_mask_from_words_lies_on_the_object():
+    made = Renderer().render([("car", "red")], 1)
+    found = mask_from_words(tiny.glyph(), Image.fromarray(made.image), (128, 128), ("red car",), tries=2)
+    there, inside = found > 0.5, made.things[0].mask
+    assert found.shape == (128, 128) and (there & inside).sum() / (there | inside).sum() > 0.7
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux"])
+def test_masks_from_words_on_every_family(family):
+    pipe = tiny.FAMILIES[family]()
+    made = PrimeComposer(pipe, steps=2)(
+        **vars(asked(thing=scene()[0], mask="words")), size=(48, 32), **LONG.get(family, {})
+    )
+    assert made.mask.any() and made.passes["main"] > 0
+
+
+def test_other_controls_act_beside_it():
+    pipe = tiny.sd1()
+    plain = PrimeComposer(pipe, steps=3)(**vars(asked()), size=(48, 32))
+    maps = TokenMaps("dog")
+    made = PrimeComposer(pipe, steps=3)(**vars(asked()), size=(48, 32), controls=[maps])
+    assert made.picture.tobytes() == plain.picture.tobytes()
+    made = PrimeComposer(pipe, steps=3)(**vars(asked()), size=(48, 32), controls=[Pag()])
+    assert made.picture.tobytes() != plain.picture.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    pipe = tiny.sd1().to(dtype)
+    composer = PrimeComposer(pipe, steps=3)
+    made = composer(**vars(asked()), size=(48, 32), measure=True)
+    whole = PrimeComposer(tiny.sd1(), steps=3)(**vars(asked()), size=(48, 32))
+    gap = np.abs(np.asarray(made.picture, int) - np.asarray(whole.picture)).mean()
+    assert gap < 4 and made.lost is not None and pipe.vae.dtype == dtype
+
+
+def test_an_ip_adapter_acts_in_inversion_and_drawing():
+    pipe = tiny.sd1()
+    pipe.image_encoder, pipe.feature_extractor = tiny.vision()
+    pipe.unet._load_ip_adapter_weights([tiny.ip_adapter(pipe.unet)])
+    pipe.set_ip_adapter_scale(0.7)
+    composer = PrimeComposer(pipe, steps=2)
+    made = composer(**vars(asked()), size=(48, 32), ip_adapter_image=scene()[0])
+    other = composer(**vars(asked()), size=(48, 32), ip_adapter_image=scene()[0].rotate(90))
+    assert made.passes["inversion"] == 4 == other.passes["inversion"]  # another picture, another inversion
+    assert made.picture.tobytes() != other.picture.tobytes()
+    again = composer(**vars(asked()), size=(48, 32), ip_adapter_image=scene()[0])
+    assert again.passes["inversion"] == 0 and again.picture.tobytes() == made.picture.tobytes()
+
+
+def test_objects_go_in_one_after_the_other():
+    """The second is put into the picture of the first, and boxes in pixels stay those of the first background."""
+    pipe = tiny.sd1()
+    ground = scene((96, 64))[0]
+    left = asked(background=ground, box=(4, 8, 40, 56), words=None, others=None)
+    right = asked(background=ground, box=(52, 8, 92, 56), words=None, others=None)
+    one, two = PrimeComposer(pipe, steps=2).in_turn([left, right], size=(48, 32))
+    assert one.words == ("cat",) and two.words == ("red dog",) and one.others == ("red dog",)
+    assert one.box[2] <= 22 and two.box[0] == 24 and two.background.tobytes() == one.picture.tobytes()
+    with pytest.raises(PhraseError, match="3 objects, but the prompt names 2 things: cat, red dog"):
+        PrimeComposer(pipe, steps=2).in_turn([left, right, left], size=(48, 32))
+
+
+def test_each_object_has_its_box():
+    with pytest.raises(UsageError, match="--box is given 1 times for 2 objects"):
+        compositions(Path("b.png"), "a cat", [Path("o.png")] * 2, ["0,0,1,1"], [], [], None, 0)
+    with pytest.raises(UsageError, match="--mask is given 1 times for 2 objects"):
+        compositions(Path("b.png"), "a cat", [Path("o.png")] * 2, ["0,0,1,1"] * 2, ["m.png"], [], None, 0)
+    one, two = compositions(
+        Path("b.png"), "a cat", [Path("o.png")] * 2, ["0,0,1,1"] * 2, ["alpha", "m.png"], ["a, b", "c"], ("d",), 3
+    )
+    assert (one.mask, two.mask, one.words, two.words, two.seed) == (None, "m.png", ("a", "b"), ("c",), 3)

@@ -11,19 +11,22 @@ from attnctl.app.command import DEVICE_HELP, MODEL_HELP, UsageError, check_writa
 from attnctl.app.limits import LARGEST, THREADS
 
 if TYPE_CHECKING:
-    from attnctl.pipelines.compose import Composed
+    from attnctl.pipelines.compositions import Composed, Composition
 
 
 def compose(
     background: Annotated[Path, typer.Option("--background", "-b", help="A picture.", show_default=False)],
     thing: Annotated[
-        Path,
+        list[Path],
         typer.Option(
-            "--object", help="The object's picture; with an alpha channel it needs no --mask.", show_default=False
+            "--object",
+            help="The object's picture; with an alpha channel it needs no --mask. Several go in one after the other, "
+            "each with its --box.",
+            show_default=False,
         ),
     ],
     box: Annotated[
-        str,
+        list[str],
         typer.Option(
             help="Where the object goes: left,top,right,bottom in shares of the background or in its pixels.",
             show_default=False,
@@ -32,9 +35,14 @@ def compose(
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", help="Names the background's things and the object.", show_default=False)
     ],
-    mask: Annotated[Path | None, typer.Option(help="The object in its picture: white, or what was painted.")] = None,
+    mask: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The object in its picture: a file, white or painted; or 'words', where the model sees it; or 'alpha'."
+        ),
+    ] = None,
     words: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(help="Phrases of the prompt that mean the object, with commas; default: the last thing it names."),
     ] = None,
     others: Annotated[
@@ -55,6 +63,9 @@ def compose(
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Tell what the inversion loses; costs as much as an inversion.")
     ] = True,
+    full: Annotated[
+        bool, typer.Option("--full", help="Also write the background in its own size, with the drawn box in it.")
+    ] = False,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures; made if need be.")] = Path("out"),
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
@@ -74,14 +85,14 @@ def compose(
 
     changes = settings(set_ or [])
     settings_of(preset, **changes)
-    where, shape = numbers(box, 4, "--box", "left,top,right,bottom"), size_of(size)
+    shape = size_of(size)
+    asked = compositions(background, prompt, thing, box, mask or [], words or [], phrases(others), seed)
     check_writable(out)
     from attnctl import loading
     from attnctl.app.bars import bars, paused
     from attnctl.app.drawing import steps_shown
-    from attnctl.pipelines.compose import Composition, PrimeComposer
+    from attnctl.pipelines.compose import PrimeComposer
 
-    asked = Composition(background, thing, where, prompt, mask, phrases(words), phrases(others), seed)
     if threads is None and model in loading.embedded():
         threads = 1  # as for generate
     more: dict[str, Any] = {} if negative is None else {"negative_prompt": negative}
@@ -89,11 +100,44 @@ def compose(
         pipe = open_model(model, device, dtype, bar, threads)
         with steps_shown(pipe, bar, "composing"):
             composer = PrimeComposer(pipe, preset, **changes)
-            (made,) = composer.batch([asked], measure=check, size=shape, **more)
+            turns = composer.in_turn(asked, measure=check, size=shape, **more)
         with paused(bar):
-            if words is None:
-                tell(f"the object is {', '.join(map(repr, made.words))}: the last thing that the prompt names")
-            print(*told(made), *map(plain, save(made, prompt, seed, out, preset, changes)), sep="\n", flush=True)
+            for made in turns:
+                if not words:
+                    tell(f"an object is {', '.join(map(repr, made.words))}, as the prompt names things last")
+                print(*told(made), sep="\n", flush=True)
+            print(*map(plain, save(turns, asked, out, preset, changes, full)), sep="\n", flush=True)
+
+
+def compositions(
+    background: Path,
+    prompt: str,
+    things: list[Path],
+    boxes: list[str],
+    masks: list[str],
+    words: list[str],
+    others: tuple[str, ...] | None,
+    seed: int,
+) -> "list[Composition]":
+    """One for each object."""
+    from attnctl.pipelines.compositions import Composition
+
+    for option, given in (("--box", boxes), ("--mask", masks), ("--words", words)):
+        if len(given) != len(things) and (given or option == "--box"):
+            raise UsageError(f"{option} is given {len(given)} times for {len(things)} objects; each has its own")
+    return [
+        Composition(
+            background=background,
+            thing=thing,
+            box=numbers(boxes[n], 4, "--box", "left,top,right,bottom"),
+            prompt=prompt,
+            mask=masks[n] if masks and masks[n] != "alpha" else None,
+            words=phrases(words[n]) if words else None,
+            others=others,
+            seed=seed,
+        )
+        for n, thing in enumerate(things)
+    ]
 
 
 def settings(given: list[str]) -> dict[str, Any]:
@@ -161,19 +205,29 @@ def told(made: "Composed") -> list[str]:
     return lines
 
 
-def save(made: "Composed", prompt: str, seed: int, out: Path, preset: str, changes: dict[str, Any]) -> list[Path]:
+def save(
+    turns: "list[Composed]", asked: "list[Composition]", out: Path, preset: str, changes: dict[str, Any], full: bool
+) -> list[Path]:
     """Write the picture, the sheet and the report; returns their paths."""
     from attnctl.sheets import grid
 
-    stem = f"{slug(prompt)}-{seed}"
-    cells = (("background", made.background), ("pasted", made.pasted), ("composed", made.picture))
-    report = {"prompt": prompt, "preset": preset, "settings": changes, "seed": seed} | made.to_dict()
-    paths = [out / f"{stem}-{name}" for name in ("report.json", "sheet.png", "composed.png")]
+    made, first = turns[-1], asked[0]
+    stem = f"{slug(first.prompt)}-{first.seed}"
+    rows = [(("background", one.background), ("pasted", one.pasted), ("composed", one.picture)) for one in turns]
+    report: dict[str, Any] = {"prompt": first.prompt, "preset": preset, "settings": changes, "seed": first.seed}
+    report["objects"] = [one.to_dict() for one in turns]
+    names = ("report.json", "sheet.png", "composed.png", *(["full.png"] * full))
+    paths = [out / f"{stem}-{name}" for name in names]
     try:
         out.mkdir(parents=True, exist_ok=True)
         paths[0].write_text(json.dumps(report, indent=1), encoding="utf-8")
-        grid([cells]).save(paths[1])
+        grid(rows).save(paths[1])
         made.picture.save(paths[2])
+        if full:
+            whole: Any = first.background
+            for one in turns:
+                whole = one.onto(whole)
+            whole.save(paths[3])
     except OSError as error:
         raise UsageError(f"cannot write into {out}: {error.strerror or error}") from error
     return paths

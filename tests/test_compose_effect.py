@@ -1,0 +1,39 @@
+"""benchmarks/effect.py compose: what is measured. Nothing is really drawn."""
+
+import compose_effect
+import numpy as np
+import pytest
+import tiny
+from compose_cases import PAIRS, composition, psnr
+from PIL import Image
+
+from attnctl.glyph.judge import Reading, Seen
+from attnctl.pipelines import PrimeComposer
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return PrimeComposer(tiny.glyph()).plan([composition(PAIRS[0], 0)])
+
+
+def test_decibels():
+    one, where = np.zeros((4, 4, 3), np.uint8), np.ones((4, 4), bool)
+    assert psnr(one, one + 255, where) == pytest.approx(0.0)
+    assert psnr(one, one + 51, where) == pytest.approx(13.98, abs=0.01)
+
+
+def test_the_list_has_what_it_should():
+    assert len(PAIRS) == len(set(PAIRS)) == 24
+    kinds = [pair.kind for pair in PAIRS]
+    assert kinds.count("new") == 8 - 1 and kinds.count("style") == 4 and sum(pair.covers for pair in PAIRS) == 4
+
+
+def test_pasted_pixels_are_the_measure_of_all(plan):
+    seen = Seen("car", "red", 0.9, np.zeros((32, 32), np.float32), (0, 0, 1, 1))
+    other = Seen("dog", None, 0.9, np.zeros((32, 32), np.float32), (0, 0, 1, 1))
+    pasted = Image.fromarray(plan.pasted[0].picture)
+    row = compose_effect.measured(PAIRS[0], plan, 0, pasted, Reading((seen, other)))
+    assert row["outside"] > 80 and row["known"] > 80 and row["rim"] > 80
+    assert row["object"] and not row["thing"] and row["extra"] == 1
+    table = compose_effect.summary([row, row | {"thing": True}])
+    assert table["object"] == [2, 2] and table["thing"] == [1, 2] and table["extra"] == 2
