@@ -7,6 +7,7 @@ What they gain is told in processor time of the drawing thread: where other work
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 import time
@@ -45,9 +46,9 @@ def planning(repeats: int, folder: Path) -> dict[str, Any]:
     }
     file.write_text(yaml.safe_dump({"model": "glyph-sd", "steps": 2, "product": axes}))
     words = [sys.executable, "-m", "attnctl", "batch", str(file), "--out", str(folder / "none"), "--dry-run"]
-    seconds, memory = list[float](), list[float]()
+    seconds, work, memory = list[float](), list[float](), list[float]()
     for _ in range(repeats):
-        start = time.perf_counter()
+        start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
             most = 0.0
             while process.poll() is None:
@@ -55,8 +56,10 @@ def planning(repeats: int, folder: Path) -> dict[str, Any]:
                 time.sleep(0.02)
             assert process.stdout is not None and process.stdout.read().startswith("10000 pictures")
         seconds.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        work.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         memory.append(most)
-    return {"jobs": 10_000, "seconds": median(seconds), "MiB": median(memory)}
+    return {"jobs": 10_000, "seconds": median(seconds), "work": median(work), "MiB": median(memory)}
 
 
 def _resident(pid: int) -> float:
@@ -127,7 +130,10 @@ def measure(repeats: int, bar: Progress) -> dict[str, Any]:
 
 def show(found: dict[str, Any], console: Console) -> None:
     planned = found["planning"]
-    console.print(f"{planned['jobs']} jobs planned in {planned['seconds']:.1f} s, {planned['MiB']:.0f} MiB at most")
+    console.print(
+        f"{planned['jobs']} jobs planned in {planned['seconds']:.1f} s, of which the processor worked "
+        f"{planned['work']:.1f} s, with {planned['MiB']:.0f} MiB at most"
+    )
     title = f"glyph-sd, {STEPS} steps, {PROMPTS} prompt with {SEEDS} seeds, written and judged"
     table = Table("control", "together", "s / picture", "less work", "of the time in the model", title=title)
     for row in found["groups"]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import effect
+import cases
 import torch
 import typer
 from measures import paired, rate
@@ -160,7 +160,7 @@ def main(
     pipe, console = attnctl.load("glyph-sd"), Console()
     pipe.set_progress_bar_config(disable=True)
     texts = benchmark() if things == 2 else fours()
-    half = effect.half(texts, effect.Half.report) if things == 2 else list(range(len(texts)))
+    half = cases.half(texts, cases.Half.report) if things == 2 else list(range(len(texts)))
     chosen: Sequence[int] = [half[(2 * i + 1) * len(half) // (2 * prompts)] for i in range(min(prompts, len(half)))]
     drawn = Drawn(pipe, steps)
     names = tuple(drawn.found)
@@ -194,6 +194,6 @@ def main(
                       "{:+.0f} ({:+.0f} to {:+.0f})".format(*points), f"{cost:.2f}", f"{case[name]} of 8")  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     file = out / ("regions.json" if things == 2 else "regions-4.json")
-    effect.write(file, json.dumps({"prompts": len(chosen), "seeds": seeds, "things": things, "rates": rows}, indent=1))
+    cases.write(file, json.dumps({"prompts": len(chosen), "seeds": seeds, "things": things, "rates": rows}, indent=1))
     Console(width=max(180, console.width)).print(table)
     console.print(f"{file}")

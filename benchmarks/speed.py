@@ -6,6 +6,7 @@ attach: an attachment without controls, and one that sits at every site and does
 compose: compositions, see compose_speed.py; passes and time against the plain run.
 guided: guidance by gradients, see guided.py; ours against diffusers' Attend-and-Excite, in time and memory.
 perturb: perturbation guidance, see perturb_speed.py; ours against diffusers' PAG pipeline of SD 3, in time and memory.
+personalize: training steps with calibrated attention, see personalize_speed.py; of glyph-sd and sd15 alone.
 regions: regions with prompts of their own, see regions_speed.py; it is measured on flux and sd15.
 batch: plans and groups of `attnctl batch`, see batch_speed.py.
 maps: the maps of all words, against the plain run; beside it, recording as DAAM does it, by materialised probabilities.
@@ -25,6 +26,7 @@ from typing import Annotated, Any, ClassVar
 import batch_speed
 import compose_speed
 import guided
+import personalize_speed
 import perturb_speed
 import regions_speed
 import torch
@@ -121,7 +123,7 @@ def machine() -> dict[str, Any]:
 
 
 app = typer.Typer(add_completion=False)
-APART = ("compose", "guided", "perturb", "regions", "batch")  # topics with a table of their own
+APART = ("compose", "guided", "perturb", "regions", "batch", "personalize")  # topics with a table of their own
 
 
 @app.command(help=__doc__)
@@ -138,6 +140,11 @@ def main(
     with Progress() as bar:
         found = [measure(name, topic, repeats, bar) for name in model for topic in topics if topic in TOPICS]
         guidance = [guided.measure(name, repeats, bar) for name in model if "guided" in topics]
+        trained = [
+            personalize_speed.measure(name, repeats, bar)
+            for name in model
+            if "personalize" in topics and name in personalize_speed.ROWS
+        ]
         compositions = [compose_speed.measure(name, bar) for name in model if "compose" in topics]
         perturbation = perturb_speed.measure(repeats, bar) if "perturb" in topics else None
         areas = [m for m in regions_speed.MODELS if m in model] if "regions" in topics else []
@@ -145,6 +152,7 @@ def main(
         batches = batch_speed.measure(repeats, bar) if "batch" in topics else None
     out.parent.mkdir(parents=True, exist_ok=True)
     results = {"measured": found, "guided": guidance, "perturb": perturbation, "regions": placed, "batch": batches}
+    results["personalize"] = trained
     results["compose"] = compositions
     out.write_text(json.dumps({"machine": machine()} | results, indent=1))
     console = Console()
@@ -157,6 +165,8 @@ def main(
         console.print(table)
     if guidance:
         guided.show(guidance, console)
+    if trained:
+        personalize_speed.show(trained, console)
     for each in compositions:
         compose_speed.show(each, console)
     if perturbation:

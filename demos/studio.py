@@ -197,7 +197,7 @@ def _cards(ui: SimpleNamespace, studio: Service, known: dict[str, Card]) -> None
             if not (card := known.get(name)):
                 return
             used = any(line.startswith(name) for line in lines(controls))
-            switch = gr.Button("Remove this control" if used else "Use this control", size="sm")
+            switch = gr.Button(f"{'Remove' if used else 'Use'} {name}", size="sm")
 
             @told
             def switched_(controls: str, prompt: str, stamp: int) -> tuple[str, int]:

@@ -116,7 +116,7 @@ class Bind(Loss):
         modifiers, nouns, apart, present = (
             x[view.images].to(view.tokens.device) for x in (self.modifiers, self.nouns, self.apart, self.present)
         )
-        maps = torch.einsum("ithw,ibt->ibhw", view.tokens, torch.cat([modifiers, nouns], 1))
+        maps = torch.einsum("ithw,ibt->ibhw", view.tokens, torch.cat([modifiers, nouns], 1).to(view.tokens))
         count = len(self.bonds)
         pairs = [(bond, count + bond) for bond in range(count)]
         return binding_parts(maps, pairs, view.tokens, apart, torch.cat([present, present], 1)), present

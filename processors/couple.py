@@ -244,7 +244,8 @@ class Couple(Control):
     def inputs(self, step: Step) -> Mapping[str, Any]:
         check_neighbours(step)
         state: Coupled = step.run.state(self)
-        text = step.arguments.get("encoder_hidden_states")
+        name = step.run.family.text
+        text = step.arguments.get(name)
         if not self._acts(step) or not isinstance(text, Tensor):
             return {}
         if step.changed:
@@ -259,7 +260,7 @@ class Couple(Control):
                 if rows is not None and own is not None:
                     longer[rows, start : start + len(own)] = own.to(longer)
                 start += length
-        changed: dict[str, Any] = {"encoder_hidden_states": torch.cat([text, longer], 1)}
+        changed: dict[str, Any] = {name: torch.cat([text, longer], 1)}
         ids = step.arguments.get("txt_ids")
         if isinstance(ids, Tensor):  # FLUX numbers all text alike
             more = ids[..., -1:, :].expand(*ids.shape[:-2], longer.shape[1], ids.shape[-1])

@@ -49,7 +49,7 @@ class LoraRegions(Control):
 
     Raises:
         ControlError: a region is none; at the pipeline call, if there is no such adapter, it is fused into the weights
-            or a DoRA, or the model is compiled.
+            or a DoRA, or the model is compiled, or trained.
     """
 
     masks: tuple[tuple[str, Any], ...]
@@ -63,6 +63,8 @@ class LoraRegions(Control):
             raise ControlError("LoraRegions takes at least one region, such as {'my-lora': (0, 0, 0.5, 1)}")
 
     def begin(self, run: Run) -> Hooked:
+        if not run.schedule:  # nobody says when such a run is over, and its blocks may run again in a backward
+            raise ControlError("LoraRegions is for drawing, not for a training batch")
         state = Hooked(run)
         outer = getattr(run.pipe, run.family.denoiser)
         model: nn.Module = unwrap(outer)

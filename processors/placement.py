@@ -108,8 +108,8 @@ class Placement(MapDescent):
     """Draws each phrase into its region by the gradient of `placement_parts` (BoxDiff).
 
     Args:
-        phrases: left out; they are those of the masks.
-        masks: regions by phrase, as for `Regions`.
+        phrases: what to place. With masks they may be left out.
+        masks: regions by phrase, as for `Regions`. Without any, the phrases stand side by side, from left to right.
         share: of the cells inside, and of those outside, whose values count.
 
     The other settings are those of `MapDescent`. Theirs, for 50 steps of SD 1, is `relative=None, window=(0, 0.5)`.
@@ -126,7 +126,9 @@ class Placement(MapDescent):
     maps: Preparation = "attend-and-excite"
 
     def check(self) -> None:
-        self._set(masks=named_regions(self.masks))
+        count = len(self.phrases)
+        columns = {phrase: (n / count, 0, (n + 1) / count, 1) for n, phrase in enumerate(self.phrases)}
+        self._set(masks=named_regions(self.masks or columns))
         own = tuple(phrase for phrase, _ in self.masks)
         if not own:
             raise ControlError("Placement takes at least one region, such as masks={'cat': (0, 0, 0.5, 1)}")

@@ -12,7 +12,7 @@ import pytest
 import tiny as pipelines
 from PIL import Image
 
-from attnctl.app import cli, recipe
+from attnctl.app import recipe
 from attnctl.app.batch import jobs, running, worker
 
 ROOT = Path(__file__).parent.parent
@@ -34,20 +34,6 @@ def write(tmp_path):
         return path
 
     return write
-
-
-@pytest.fixture
-def command(monkeypatch, capfd):
-    """command("batch", ...) -> (exit code, lines of stdout, lines of stderr)."""
-
-    def command(*words):
-        monkeypatch.setattr(sys, "argv", ["attnctl", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capfd.readouterr()
-        return stop.value.code, out.splitlines(), err.splitlines()
-
-    return command
 
 
 def pictures(folder):
@@ -200,6 +186,24 @@ def test_ctrl_c_says_how_to_go_on(some, command, tmp_path, monkeypatch):
     code, _, err = command("batch", some(), "--out", out)
     assert code == 130 and err[0] == "attnctl: 1 of 4 pictures drawn; the same command goes on from here"
     assert len(pictures(out)) == 1 and not list(out.glob("*.part")) and not (out / "failures.jsonl").exists()
+
+
+def test_the_first_ctrl_c_lets_the_pictures_under_way_be_finished(some, command, tmp_path, monkeypatch):
+    from attnctl.app import drawing
+
+    own, out = drawing.draw_together, tmp_path / "out"
+
+    def pressed(pipe, recipes, *rest, **settings):
+        signal.raise_signal(signal.SIGINT)
+        return own(pipe, recipes, *rest, **settings)
+
+    monkeypatch.setattr(drawing, "draw_together", pressed)
+    before = signal.getsignal(signal.SIGINT)
+    code, said, err = command("batch", some(), "--out", out, "--group", 2)
+    assert code == 130 and len(said) == len(pictures(out)) == 2
+    assert err[0] == "attnctl: stops after the pictures under way; once more: at once"
+    assert err[1] == "attnctl: 2 of 4 pictures drawn; the same command goes on from here"
+    assert signal.getsignal(signal.SIGINT) is before and not (out / "manifest.jsonl").exists()
 
 
 def test_a_full_disk_stops_in_one_line(some, command, tmp_path, monkeypatch):

@@ -49,6 +49,10 @@ def test_maps_move_into_their_regions(family):
     assert found[1] > found[0]
 
 
+def test_phrases_without_masks_stand_side_by_side():
+    assert Placement("cat", "dog") == Placement(masks={"cat": LEFT, "dog": RIGHT})
+
+
 def test_beside_regions():
     pipe = tiny.sd1()
     with attach(pipe, Regions({"cat": LEFT}), Placement(masks={"cat": LEFT}, relative=0.1)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import mixing
 import numpy as np
 import placing
@@ -60,3 +62,11 @@ def test_regions_of_the_speed_benchmark_leave_a_border(count):
     regions = [region for _, region in regions_speed.couple(count).masks]
     part = shares(regions, (32, 32), (512, 512))
     assert len(regions) == count and part[0].sum() > 0
+
+
+def test_the_command_draws_judges_and_writes(tmp_path, monkeypatch, capsys):
+    """One prompt in two steps, with two conditions."""
+    monkeypatch.setattr(placing, "CONDITIONS", {name: placing.CONDITIONS[name] for name in ("plain", "Regions")})
+    placing.main(prompts=1, seeds=1, steps=1, threads=1, things=2, out=tmp_path)
+    rates = json.loads((tmp_path / "regions.json").read_text())["rates"]
+    assert set(rates) == {"plain", "Regions", placing.MIXING} and "the cat and the car" in capsys.readouterr().out

@@ -17,10 +17,11 @@ from attnctl import demos  # noqa: E402
 from attnctl.app import asked, recipe  # noqa: E402
 from attnctl.app.clicks import toggled  # noqa: E402
 from attnctl.app.control_settings import cards  # noqa: E402
+from attnctl.app.control_text import parse_control  # noqa: E402
 from attnctl.app.region_text import redrawn  # noqa: E402
 from attnctl.app.service import Asked, Limits, Service  # noqa: E402
 from attnctl.demos import heads, regions  # noqa: E402
-from attnctl.demos.api import opened  # noqa: E402
+from attnctl.demos.api import opened, told  # noqa: E402
 from attnctl.demos.cards import EXAMPLES, listed  # noqa: E402
 from attnctl.demos.chips import chips  # noqa: E402
 from attnctl.demos.studio import page  # noqa: E402
@@ -135,6 +136,16 @@ def test_the_head_grid_shows_heads_and_changes_them(studio):
     assert toggled(sites, "nonsense", "3:1") == "3:1" and heads.grid([], "mid") == heads.NO_GRID
 
 
+def test_what_a_visitor_writes_names_no_file(studio, tmp_path):
+    (tmp_path / "heads.json").write_text('{"heads": "3"}')
+    Image.new("L", (8, 8), 255).save(tmp_path / "mask.png")
+    assert pressed(heads.grid(studio.sites(), str(tmp_path / "heads.json"))) == []
+    read = told(lambda text: parse_control(text, asked.known_controls()))
+    with pytest.raises(gradio.Error, match="no files are read here"):
+        read(f"regions(masks=[[cat, {tmp_path / 'mask.png'}]])")
+    assert read("regions(masks=[[cat, [0, 0, 1, 1]]])").phrases == ("cat",)
+
+
 # --- complaints -------------------------------------------------------------------------------------------------------
 
 
@@ -142,6 +153,35 @@ def test_the_head_grid_shows_heads_and_changes_them(studio):
 def test_every_example_can_be_drawn(studio, example):
     asked = Asked(example.prompt, example.controls, example.regions, example.seed, 1, example.guidance, maps=False)
     assert "controlled" in last(studio.run(asked)).files
+
+
+@pytest.mark.slow
+def test_every_complaint_is_seen_in_the_plain_picture_and_mended_in_the_other(studio):
+    from attnctl.glyph import judge
+
+    def seen(reading, concept):
+        return next(thing for thing in reading.things if thing.concept == concept)
+
+    def centre(reading, concept):
+        left, _, right, _ = seen(reading, concept).box
+        return (left + right) / 2
+
+    mended = {
+        EXAMPLES[0]: lambda one: one.has("cat") and one.has("dog"),
+        EXAMPLES[1]: lambda one: (one.colour_of("car"), one.colour_of("crown")) == ("blue", "red"),
+        EXAMPLES[2]: lambda one: centre(one, "cat") < 0.5 < centre(one, "car"),
+        EXAMPLES[3]: lambda one: min(seen(one, "cat").confidence, seen(one, "car").confidence) > 0.95,
+    }
+    assert set(mended) == set(EXAMPLES)
+    for example, sound in mended.items():
+        asked = Asked(
+            example.prompt, example.controls, example.regions, example.seed, None, example.guidance, maps=False
+        )
+        files = last(studio.run(asked)).files
+        plain, controlled = judge.load().read(
+            [Image.open(files[kind]).convert("RGB") for kind in ("plain", "controlled")]
+        )
+        assert not sound(plain) and sound(controlled), example.complaint
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------
@@ -269,6 +309,18 @@ def test_twenty_visitors_at_once_each_get_their_own_picture(client, studio):
         alone = last(studio.run(one))
         for shows in alone.files:
             assert pixels(answers[number][shows]) == pixels(alone.files[shows])
+
+
+def test_the_endpoints_are_tools_of_mcp(studio):
+    pytest.importorskip("mcp")
+    demo = page(studio)
+    _, url, _ = opened(demo, studio, prevent_thread_lock=True, mcp_server=True)
+    try:
+        tools = {tool["name"]: tool["inputSchema"] for tool in httpx.get(f"{url}gradio_api/mcp/schema").json()}
+    finally:
+        demo.close()
+    assert set(tools) == {"generate", "maps", "controls", "sites"}
+    assert tools["generate"]["properties"]["prompt"]["description"] == "what to draw."
 
 
 def test_a_password_keeps_others_out(studio):

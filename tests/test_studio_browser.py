@@ -65,10 +65,14 @@ def page(browser, address):
 
 def generate(page, steps=2):
     page.get_by_label("Steps").fill(str(steps))
-    before = page.locator("#status").inner_text()
+    before, picture = page.locator("#status").inner_text(), page.locator("#pictures img").last
+    source = picture.get_attribute("src") if picture.count() else None
     page.get_by_role("button", name="Generate").click()
     expect(page.locator("#status")).not_to_have_text(before)
     expect(page.locator("#status")).to_contain_text("Drawn in")
+    expect(picture).to_be_visible()
+    if source is not None:
+        expect(picture).not_to_have_attribute("src", source)
 
 
 def text(page, name):
@@ -162,7 +166,7 @@ def test_heads_are_chosen_and_settings_are_written(page):
     page.get_by_role("spinbutton", name=re.compile("Scale")).press("Tab")
     expect(text(page, "controls")).to_have_value("perturb(heads=7:2, scale=1.5)")
     page.locator("#cards [data-k=binding]").click()
-    page.get_by_role("button", name="Use this control").click()
+    page.get_by_role("button", name="Use binding").click()
     expect(page.get_by_text("a bond is 'red car'")).to_be_visible()  # nothing is bound in "a cat and a dog"
     expect(text(page, "controls")).to_have_value("perturb(heads=7:2, scale=1.5)")
 

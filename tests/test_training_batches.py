@@ -13,6 +13,8 @@ from attnctl.engine.control import Control
 from attnctl.errors import ControlError, PhraseError
 from attnctl.maps.live import LiveMaps
 from attnctl.maps.recorder import TokenMaps
+from attnctl.processors.couple import Couple
+from attnctl.processors.lora_regions import LoraRegions
 from attnctl.processors.regions import Regions
 from attnctl.processors.segregation import Segregation
 
@@ -161,6 +163,23 @@ def test_controls_that_change_attention_act_in_a_batch():
     before = attach_nothing(pipe, given)
     with attach(pipe, Regions({"cat": (0, 0, 0.5, 1)})) as attached, attached.batch(["a cat and a dog"]):
         assert not torch.equal(before, attach_nothing(pipe, given))
+
+
+def test_regions_with_prompts_of_their_own_act_in_a_batch():
+    pipe = tiny.sd1()
+    given = inputs(pipe, ["a cat and a dog"])
+    alone, other = attach_nothing(pipe, given), attach_nothing(pipe, inputs(pipe, ["a red dog"]))
+    with attach(pipe, Couple({"a red dog": (0, 0, 1, 1)})) as attached, attached.batch(["a cat and a dog"]):
+        assert torch.allclose(attach_nothing(pipe, given), other, atol=1e-4)
+    assert torch.equal(attach_nothing(pipe, given), alone)
+
+
+def test_what_leaves_hooks_is_refused():
+    pipe = tiny.sd1()
+    given = inputs(pipe, ["a cat and a dog"])
+    with attach(pipe, LoraRegions({"one": (0, 0, 0.5, 1)})) as attached, attached.batch(["a cat and a dog"]):
+        with pytest.raises(ControlError, match="not for a training batch"):
+            attach_nothing(pipe, given)
 
 
 def test_what_acts_on_sampler_steps_is_refused():

@@ -94,3 +94,61 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
     finally:
         for attributes, name, call, _ in found:
             attributes[name] = call
+
+
+CACHES = (
+    "faster_cache",
+    "fbc_",
+    "mag_cache",
+    "pyramid_attention_broadcast",
+    "sea_cache",
+    "taylorseer_cache",
+    "text_kv_",
+)
+"""How diffusers' names of the hooks of step caches begin."""
+
+
+@contextmanager
+def uncast(model: nn.Module) -> Iterator[None]:
+    """Weights that are stored in another precision (layerwise casting) stay in that of the computation inside.
+
+    A backward reads the weights of its forward, and they would have been cast back by then.
+    """
+    found: list[tuple[nn.Module, Any, Any, dict[str, Any]]] = []
+    for module in model.modules():
+        registry: Any = getattr(module, "_diffusers_hook", None)
+        hook = None if registry is None else registry.hooks.get("layerwise_casting")
+        if hook is not None:
+            found.append((module, hook, hook.fn_ref, dict(vars(hook.fn_ref))))
+    try:
+        for module, hook, reference, _ in found:
+            hook.pre_forward(module)
+            reference.pre_forward = lambda module, *args, **kwargs: (args, kwargs)
+            reference.post_forward = lambda module, output: output
+        yield
+    finally:
+        for module, hook, reference, before in found:
+            vars(reference).update(before)
+            hook.post_forward(module, None)
+
+
+@contextmanager
+def uncached(model: nn.Module) -> Iterator[None]:
+    """Step caches do nothing inside: a pass that stops half-way, or is made once, would leave half an entry in them."""
+    found: list[tuple[Any, dict[str, Any]]] = []
+    for module in model.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        for name, reference in (
+            zip(registry._hook_order, registry._fn_refs, strict=True) if registry is not None else ()
+        ):
+            if name.startswith(CACHES):
+                found.append((reference, dict(vars(reference))))
+    try:
+        for reference, _ in found:
+            reference.pre_forward = lambda module, *args, **kwargs: (args, kwargs)
+            reference.post_forward = lambda module, output: output
+            reference.forward = getattr(reference, "original_forward", None) or reference.forward
+        yield
+    finally:
+        for reference, before in found:
+            vars(reference).update(before)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from attnctl.engine import calls
 from attnctl.engine.control import AttentionCall
 from attnctl.engine.latents import written
-from attnctl.engine.model_state import checkpointed, frozen, in_backward, uncompiled
+from attnctl.engine.model_state import checkpointed, frozen, in_backward, uncached, uncast, uncompiled
 from attnctl.engine.patch import Patch
 from attnctl.engine.prefix import Prefix
 from attnctl.engine.run import Edit, Rows, Step, Watcher
@@ -109,6 +109,7 @@ class Passes:
         self._freeze()
         with ExitStack() as stack:
             stack.enter_context(uncompiled(model))
+            stack.enter_context(uncached(model))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             if bfloat16:
@@ -164,9 +165,10 @@ class Passes:
 
     def plain(self, step: Step, name: str, arguments: dict[str, Any]) -> Tensor:
         """What the denoiser, as written, predicts for all rows of a step with other arguments; no gradient."""
-        with torch.no_grad(), uncompiled(self.target.model), self._acts(replace(step, pass_name=name)):
+        model = self.target.model
+        with torch.no_grad(), uncompiled(model), uncached(model), self._acts(replace(step, pass_name=name)):
             args, kwargs = calls.spread(arguments, step.positional)
-            return calls.prediction(self.target.model(*args, **kwargs))[0]
+            return calls.prediction(model(*args, **kwargs))[0]
 
     # --- the state around them ----------------------------------------------------------------------------------------
 
@@ -186,6 +188,7 @@ class Passes:
             raise ControlError("step.probe is for before_denoise and after_denoise")
         if not self._frozen:
             self._resting.enter_context(frozen(self.target.model))
+            self._resting.enter_context(uncast(self.target.model))
             self._resting.callback(setattr, self, "_frozen", False)
             self._frozen = True
 

@@ -255,7 +255,7 @@ class Step:
         """Use these arguments in this denoiser call and in all further passes of the step."""
         if inputs:
             self.arguments = self.arguments | dict(inputs)
-            text = self.arguments.get("encoder_hidden_states")
+            text = self.arguments.get(self.run.family.text)
             self.text_rows, self.changed = text.shape[1] if isinstance(text, Tensor) else None, True
 
     def share(self, site: str) -> None:

@@ -117,6 +117,10 @@ def forward(flow: Interception, block: Batch, original: Callable[..., Any], args
             attachment.latest = run
         for control in flow.target.controls():
             run.begin(control)
+        for control in flow.target.controls():
+            step.change(control.inputs(step))
+    if step.changed:
+        args, kwargs = calls.spread(step.arguments, len(args))
     run.calls += 1
     with flow.passes.again(step):
         output = original(*args, **kwargs)

@@ -15,7 +15,7 @@ from attnctl.engine.sites import Selection, Site, with_text
 from attnctl.errors import ControlError, PhraseError, of_image
 from attnctl.maps.probabilities import call_maps
 from attnctl.maps.reader import check_rows, join_grids
-from attnctl.words.phrases import positions, streams
+from attnctl.words.phrases import TextStream, positions, streams
 
 Grid = tuple[int, int]
 
@@ -53,17 +53,21 @@ class LiveMaps(Control):
         return with_text(available, self.where)
 
     def begin(self, run: Run) -> Live:
-        places: list[list[list[int]]] = []  # row of the batch, phrase, text rows
         trouble: dict[str, PhraseError] = {}
-        for image in range(run.images):
-            text, found = streams(run, image), []
+
+        def rows_of(text: tuple[TextStream, ...]) -> list[list[int]]:
+            found = list[list[int]]()
             for phrase in self.phrases:
                 try:
                     found.append(positions(text, phrase))
                 except PhraseError as error:
                     trouble.setdefault(phrase, error)
                     found.append([])
-            places.append(found)
+            return found
+
+        texts = [streams(run, image) for image in range(run.images)]
+        by_text = {text: rows_of(text) for text in dict.fromkeys(texts)}  # captions are often the same
+        places = [by_text[text] for text in texts]  # row of the batch, phrase, text rows
         for column, phrase in enumerate(self.phrases):
             if not self.absent and not any(found[column] for found in places):
                 raise of_image(trouble[phrase], 0, run.prompts, everywhere=True)

@@ -145,7 +145,7 @@ class Maps:
         by_grid: dict[Grid, Tensor] = {}
         for (_, _, grid), entry in chosen:
             total = entry.total[:, head : head + 1] if head is not None else entry.total
-            one = torch.einsum("ihct,it->ic", total, columns.to(total.device)) / total.shape[1]  # (images, cells)
+            one = torch.einsum("ihct,it->ic", total, columns.to(total)) / total.shape[1]  # (images, cells)
             by_grid[grid] = by_grid.get(grid, 0) + one.unflatten(1, grid).cpu()
         found = join_grids(by_grid) / sum(entry.count for _, entry in chosen)
         if normalise is None:

@@ -215,7 +215,7 @@ def phrase_maps(maps: Tensor, phrase_tokens: PhraseTokens, preparation: Preparat
     if competing:
         real = phrase_tokens.real[:, :, None, None]
         maps = (100 * maps).masked_fill(~real, float("-inf")).softmax(dim=1)
-    maps = torch.einsum("ithw,ipt->iphw", maps, phrase_tokens.members)
+    maps = torch.einsum("ithw,ipt->iphw", maps, phrase_tokens.members.to(maps))
     if competing:
         return blur(maps)
     if preparation == "share":
@@ -234,7 +234,7 @@ def lowest_peak(maps: Tensor, phrase_tokens: PhraseTokens) -> Tensor:
     Returns:
         (images,).
     """
-    words = phrase_tokens.words
+    words = phrase_tokens.words.to(maps)
     peaks = torch.einsum("itc,ipwt->ipwc", maps.flatten(2), words).amax(-1)
     means = peaks.sum(-1) / words.any(-1).sum(-1).clamp_min(1)
     return means.masked_fill(~phrase_tokens.whole(), torch.inf).amin(-1)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
+from pathlib import Path
+
 import diffusers
 import pytest
 import tiny
@@ -11,6 +15,8 @@ from toys import Identity, Spy
 
 from attnctl import register
 from attnctl.engine.attachment import attach
+from attnctl.engine.families.pixart import PIXART
+from attnctl.engine.families.record import Family
 from attnctl.engine.families.registry import FAMILIES
 from attnctl.engine.verify import verify
 from attnctl.errors import ControlError, UnsupportedPipelineError
@@ -96,3 +102,16 @@ def test_pipelines_of_known_denoisers_that_cannot_work_are_refused_by_name():
     pipe = KolorsPipeline(**tiny._sd_parts())
     with pytest.raises(UnsupportedPipelineError, match="KolorsPipeline is not supported: its prompts are read by"):
         attach(pipe, Identity())
+
+
+def test_the_page_about_families_writes_the_record_that_ships():
+    page = (Path(__file__).parents[2] / "docs/families.md").read_text()
+    space: dict = {}
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], space)
+    pipe = tiny.pixart()
+    assert space["record"].sites(pipe.transformer) == PIXART.sites(pipe.transformer)
+    told, shipped = (
+        {one.name: getattr(record, one.name) for one in fields(Family)} for record in (space["record"], PIXART)
+    )
+    functions = {name for name, value in shipped.items() if callable(value)}
+    assert {name for name in told if told[name] != shipped[name]} <= functions

@@ -93,7 +93,7 @@ def draw(
     from rich.progress import Progress
 
     bar = bar or Progress(disable=True)
-    news = False
+    told, news = 0, False
     what.out.mkdir(parents=True, exist_ok=True)
     share = Share.of()
     with held(what.out, shared=share.world > 1) as hold:
@@ -105,12 +105,13 @@ def draw(
         if how.ray is None and how.device is None:
             how = replace(how, device=share.device())
         for result in _drawn(what, how, bar, stopped):
-            news |= result.drawn
+            told, news = told + 1, news or result.drawn
             bar.advance(total)
             yield result
         if hold.last():
             tidy(what.out)
-            if news or share.world > 1 or not (what.out / MANIFEST).exists():
+            whole = told == len(what.missing)  # a report of less would only be made again
+            if whole and (news or share.world > 1 or not (what.out / MANIFEST).exists()):
                 write_report(what.out, how.scores)
 
 
