@@ -14,7 +14,8 @@ Maps are (images, phrases, height, width), not negative; a loss is worked out im
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,6 +125,11 @@ class Placement(MapDescent):
     masks: Masks = ()
     share: float = 0.2
     maps: Preparation = "attend-and-excite"
+
+    def __init__(self, *phrases: Any, **settings: Any) -> None:
+        if len(phrases) == 1 and isinstance(phrases[0], Mapping) and "masks" not in settings:  # as Regions takes them
+            phrases, settings = (), settings | {"masks": phrases[0]}
+        super().__init__(*phrases, **settings)
 
     def check(self) -> None:
         count = len(self.phrases)

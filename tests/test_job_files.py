@@ -202,7 +202,7 @@ def test_overrides_stand_for_what_the_rows_say(write):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--set", "sede=1"], "--set sede=1: write it as field=value; did you mean seed?"),
+        (["--set", "sede=1"], "--set sede=1: there is no field 'sede'; did you mean seed?"),
         (["--set", "seed"], "--set seed: write it as field=value"),
         (["--set", "seed=1", "--set", "seed=2"], "--set seed=2: seed is set twice"),
         (["--set", "seed=one"], "row 1: seed 'one': it should be a whole number"),

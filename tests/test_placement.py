@@ -67,3 +67,8 @@ def test_refused():
     ):
         with pytest.raises(ControlError, match=said):
             make()
+
+
+def test_regions_may_come_first_as_for_the_other_controls():
+    boxes = {"cat": (0, 0, 0.5, 1)}
+    assert Placement(boxes, share=0.3) == Placement(masks=boxes, share=0.3)

@@ -29,8 +29,8 @@ def personalize(
     concepts: Annotated[
         str,
         typer.Option(
-            help="The things by their class nouns, with commas: 'cat, car'. Their words are <v1>, <v2>, ..., or your "
-            "own: '<rex>=dog, <kit>=cat'.",
+            help="The things by their class nouns, with commas: 'cat, car'. Their words are `<v1>`, `<v2>`, ..., or "
+            "your own: `'<rex>=dog, <kit>=cat'`.",
             show_default=False,
         ),
     ],
@@ -52,10 +52,13 @@ def personalize(
     """Learn several new things from one picture without mixing them, and draw with them (DisenDiff).
 
     - attnctl personalize mine.png --concepts 'cat, car' --out mine
-    - attnctl personalize mine.png --concepts '<rex>=dog, <kit>=cat' --model ./my-sd15 --set steps=300
+    - `attnctl personalize mine.png --concepts '<rex>=dog, <kit>=cat' --model ./my-sd15 --set steps=300`
 
     Writes a LoRA and an embedding for each word, which stock diffusers loads, and a sheet of samples. Draw more with
-    attnctl generate 'a <v1> cat' --model mine. A training that was stopped, in whatever way, goes on with --resume.
+    `attnctl generate 'a <v1> cat' --model mine`. A training that was stopped, in whatever way, goes on with --resume.
+
+    Pictures of the class nouns are drawn first (none with --set regular_rows=0) and the sheet last, so even few steps
+    take a while.
     """
     from attnctl import loading
     from attnctl.app.asked import open_model
@@ -152,6 +155,8 @@ class Shown:
             if self.task is not None:
                 self.bar.remove_task(self.task)
             self.task, self.label = self.bar.add_task(label, total=total), label
+            if self.bar.disable:  # no terminal: a line for each stage, since there are no bars
+                tell(f"{label}, {total} in all" if total else label)
         self.bar.update(self.task, completed=done, description=text or label)
 
     def summary(self) -> str:
@@ -202,6 +207,8 @@ class Samples:
         small.thumbnail((self.side, self.side))
         rows: list[Any] = [[("the picture", small)]]
         task = self.bar.add_task("samples", total=len(prompts))
+        if self.bar.disable:
+            tell(f"drawing samples of {len(prompts)} prompts")
         self.pipe.set_progress_bar_config(disable=True)
         names = {"num_inference_steps": "steps", "guidance_scale": "guidance"}
         settings = {name: self.usual[own] for name, own in names.items() if own in self.usual}

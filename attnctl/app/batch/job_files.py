@@ -61,8 +61,10 @@ def read_overrides(texts: Iterable[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for text in texts:
         name, equals, value = (part.strip() for part in text.partition("="))
-        if not equals or name not in FIELDS:
+        if not equals:
             raise JobError([f"--set {short(text)}: write it as field=value; {instead(name, FIELDS)}"])
+        if name not in FIELDS:
+            raise JobError([f"--set {short(text)}: there is no field {name!r}; {instead(name, FIELDS)}"])
         if name in found:
             raise JobError([f"--set {short(text)}: {name} is set twice"])
         found[name] = _cell(name, value)
