@@ -127,9 +127,11 @@ class Placement(MapDescent):
     maps: Preparation = "attend-and-excite"
 
     def __init__(self, *phrases: Any, **settings: Any) -> None:
-        if len(phrases) == 1 and isinstance(phrases[0], Mapping) and "masks" not in settings:  # as Regions takes them
-            phrases, settings = (), settings | {"masks": phrases[0]}
-        super().__init__(*phrases, **settings)
+        regions = [one for one in phrases if isinstance(one, Mapping)]  # first, as `Regions` takes them
+        if regions and len(phrases) == 1:
+            super().__init__(**{"masks": regions[0]} | settings)
+        else:
+            super().__init__(*phrases, **settings)
 
     def check(self) -> None:
         count = len(self.phrases)
