@@ -180,9 +180,9 @@ class Nag(Control):
     the rows of the negative text in every block. `run.report` says how far attention was moved ("effect").
 
     Raises:
-        ControlError: a setting is out of its range; at the pipeline call, if the negative text is an image's prompt, the
-            window holds no step, the text carries a mask, another control adds text (`Couple`), one owns the
-            attention (a control of the lane PROBS), or nothing moved.
+        ControlError: a setting is out of its range; at the pipeline call, if the negative text is an image's prompt,
+            the window holds no step, the text carries a mask, another control adds text (`Couple`) or owns attention
+            (one of the lane PROBS), or nothing moved.
         NoSiteError: no selected site has text keys.
         PhraseError: at the pipeline call, if the negative text is too long.
     """

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pytest
 import tiny
 import torch
-from contract_table import close, trace
+from contract_table import close, differs, trace
 
 from attnctl import attach
-from attnctl.processors import Nag
+from attnctl.engine.control import Control, Lane
+from attnctl.errors import ControlError, NoSiteError, PhraseError
+from attnctl.processors import Couple, Nag, Perturb, Regions, TokenMaps
+from attnctl.processors.couple import encoded
 from attnctl.processors.nag import extrapolated, limited, steered
 
 FAMILIES = tuple(tiny.FAMILIES)
@@ -71,18 +76,18 @@ def test_zeros_and_half_precision_stay_finite():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_acts_by_each_setting_and_leaves_nothing(family):
     pipe = tiny.FAMILIES[family]()
-    plain = tiny.draw(pipe, steps=4, **PLAIN)
+    plain = tiny.draw(pipe, **PLAIN)
     before = trace(pipe)
     drawn = [plain]
-    changes = ({}, {"scale": 9.0}, {"tau": 0.5}, {"alpha": 0.6}, {"window": (0, 0.5)}, {"where": [0]})
+    changes = ({}, {"scale": 9.0}, {"tau": 0.5}, {"alpha": 0.6}, {"window": (0, 0.5)}, {"where": [0, 1]})
     for settings in changes:
         with attach(pipe, Nag(AWAY, **settings)) as run:
-            drawn.append(tiny.draw(pipe, steps=4, **PLAIN))
+            drawn.append(tiny.draw(pipe, **PLAIN))
         ((_, away),) = run.report.traces
-        assert away.effect > 0 and len(away.effects) == (2 if "window" in settings else 4)
+        assert away.effect > 0 and len(away.effects) == (1 if "window" in settings else 2)
     for number, one in enumerate(drawn):
         assert all(not torch.equal(one, other) for other in drawn[:number])
-    assert trace(pipe) == before and torch.equal(tiny.draw(pipe, steps=4, **PLAIN), plain)
+    assert trace(pipe) == before and torch.equal(tiny.draw(pipe, **PLAIN), plain)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -101,3 +106,157 @@ def test_images_of_a_batch_are_drawn_as_alone(family):
         both = tiny.draw(pipe, [tiny.TEXT, "a blue cat"], **PLAIN)
         assert close(both[:1], tiny.draw(pipe, **PLAIN))
         assert close(both[1:], tiny.draw(pipe, "a blue cat", seed=1, **PLAIN))
+
+
+# --- what it is, in full pictures -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class ByHand(Control):
+    """NAG at cross-attention from materialised maps over two sets of keys, given as text rows of their own."""
+
+    like: Nag
+    kept: dict = field(default_factory=dict)
+
+    lane: ClassVar[Lane] = Lane.PROBS
+
+    def sites(self, available):
+        return tuple(site for site in available if site.kind == "cross")
+
+    def begin(self, run):
+        self.kept["rows"] = encoded(run, [self.like.negative])[0]
+
+    def inputs(self, step):
+        text = step.arguments["encoder_hidden_states"]
+        return {"encoder_hidden_states": torch.cat([text, self.kept["rows"].expand(len(text), -1, -1)], 1)}
+
+    def attend(self, call, proceed):
+        count = len(self.kept["rows"])
+        logits = call.q @ call.k.mT * call.q.shape[-1] ** -0.5
+        both = [
+            logits[..., keys].softmax(-1) @ call.v[:, :, keys] for keys in (slice(None, -count), slice(-count, None))
+        ]
+        out = both[0].clone()
+        own = call.step.rows.cond
+        out[own] = by_hand(both[0][own], both[1][own], self.like.scale, self.like.tau, self.like.alpha)
+        return out
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_cross_attention_by_hand(family, guidance):
+    """With guidance too: the unconditional half is left alone."""
+    pipe, nag = tiny.FAMILIES[family](), Nag(AWAY)
+    with attach(pipe, nag):
+        got = tiny.draw(pipe, guidance_scale=guidance)
+    with attach(pipe, ByHand(nag)):
+        assert close(got, tiny.draw(pipe, guidance_scale=guidance))
+    assert differs(got, tiny.draw(pipe, guidance_scale=guidance))
+
+
+@pytest.mark.parametrize("family", ["sd3", "sd35", "flux"])
+def test_who_sees_whom_at_joint_attention(family):
+    """At alpha next to nothing the picture is the prompt's: the negative text is seen by nobody."""
+    pipe = tiny.FAMILIES[family]()
+    plain = tiny.draw(pipe, **PLAIN)
+    with attach(pipe, Nag(AWAY, alpha=1e-7)):
+        assert close(tiny.draw(pipe, **PLAIN), plain)
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_an_unconditional_pass_is_left_alone(family):
+    pipe = tiny.FAMILIES[family]()
+    settings = {"true_cfg_scale": 2.0, "negative_prompt": "and"} if family == "flux" else {"guidance_scale": 4.0}
+    plain = tiny.draw(pipe, **settings)
+    with attach(pipe, Nag(AWAY, alpha=1e-7)):
+        assert close(tiny.draw(pipe, **settings), plain)
+    with attach(pipe, Nag(AWAY)):
+        assert differs(tiny.draw(pipe, **settings), plain)
+
+
+@pytest.mark.parametrize("family", ["sd1", "flux"])
+def test_maps_are_the_prompts_and_change_nothing(family):
+    """In either order; all that the picture gives to words goes to words of the prompt, or to the rest of its text."""
+    pipe = tiny.FAMILIES[family]()
+    with attach(pipe, Nag(AWAY)):
+        alone = tiny.draw(pipe, **PLAIN)
+    for order in (1, -1):
+        with attach(pipe, *(Nag(AWAY, alpha=1e-7), TokenMaps("cat"))[::order]) as run:
+            tiny.draw(pipe, **PLAIN)
+        maps = run.maps["cat"][0]
+        with attach(pipe, TokenMaps("cat")) as run:
+            tiny.draw(pipe, **PLAIN)
+        if order == 1:
+            assert close(maps, run.maps["cat"][0])
+        with attach(pipe, *(Nag(AWAY), TokenMaps("cat"))[::order]):
+            assert torch.equal(tiny.draw(pipe, **PLAIN), alone)
+
+
+@pytest.mark.parametrize("family", ["sd1", "flux"])
+def test_beside_other_controls(family):
+    """Regions before or after it, and a perturbation; each of the two adds something."""
+    pipe = tiny.FAMILIES[family]()
+    others = Regions({"dog": (0, 0, 0.5, 1)}, inside=4.0), Perturb("1", scale=3.0)
+    with attach(pipe, *others):
+        without = tiny.draw(pipe, **PLAIN)
+    with attach(pipe, Nag(AWAY)):
+        alone = tiny.draw(pipe, **PLAIN)
+    with attach(pipe, *others, Nag(AWAY)):
+        after = tiny.draw(pipe, **PLAIN)
+    with attach(pipe, Nag(AWAY), *others):
+        before = tiny.draw(pipe, **PLAIN)
+    assert differs(after, without) and differs(after, alone) and differs(before, without) and differs(before, alone)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scale": 0.5}, "scale is a number from 1"),
+        ({"scale": math.nan}, "scale"),
+        ({"alpha": 1.5}, "alpha is a number from 0 to 1"),
+        ({"tau": 0}, "tau is a number above 0"),
+        ({"window": (0.5, 0.2)}, "window"),
+        ({"negative": ["a", "b"]}, "negative is one prompt"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ControlError, match=message):
+        Nag(**{"negative": AWAY} | settings)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_prompt_itself_is_refused(family):
+    pipe = tiny.FAMILIES[family]()
+    with attach(pipe, Nag("a blue cat")):
+        with pytest.raises(ControlError, match="is the prompt of image 1"):
+            tiny.draw(pipe, [tiny.TEXT, "a blue cat"], **PLAIN)
+
+
+def test_what_cannot_work_is_refused_by_name():
+    pipe = tiny.sd1()
+    for controls, error, message in (
+        ((Nag(AWAY), Couple({"a blue cat": (0, 0, 0.5, 1)})), ControlError, "no Nag"),
+        ((Couple({"a blue cat": (0, 0, 0.5, 1)}), Nag(AWAY)), ControlError, "beside a second one or Couple"),
+        ((Nag(AWAY), Nag("blue")), ControlError, "another control adds text"),
+        ((Nag(AWAY), Owner()), ControlError, "another control took"),
+        ((Nag("cat " * 80),), PhraseError, "too long"),
+        ((Nag(AWAY, window=(0.1, 0.2)),), ControlError, "window"),
+        ((Nag(AWAY, where="nowhere"),), NoSiteError, "nowhere"),
+    ):
+        with pytest.raises(error, match=message), attach(pipe, *controls):
+            tiny.draw(pipe, **PLAIN)
+
+
+class Owner(Control):
+    """Works attention out by itself."""
+
+    lane = Lane.PROBS
+
+    def sites(self, available):
+        return tuple(site for site in available if site.kind == "cross")[:1]
+
+    def attend(self, call, proceed):
+        return torch.zeros_like(call.q)
