@@ -250,6 +250,13 @@ def test_what_cannot_work_is_refused_by_name():
             tiny.draw(pipe, **PLAIN)
 
 
+@pytest.mark.parametrize("make", [tiny.pixart, tiny.chroma])
+def test_text_with_a_mask_is_refused(make):
+    pipe = make()
+    with pytest.raises(ControlError, match="attention_mask"), attach(pipe, Nag(AWAY)):
+        tiny.draw(pipe)
+
+
 class Owner(Control):
     """Works attention out by itself."""
 
