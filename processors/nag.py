@@ -114,13 +114,14 @@ class Steering:
     ) -> Tensor:
         """Attention with the picture's rows steered, (batch, heads, queries, head_dim)."""
         batch, image = self.batch, self.image
-        out = self.prompt.attend(q, k, v, bias, scale, kernel).clone()
+        own = self.prompt.attend(q, k, v, bias, scale, kernel)
         if bias is not None:
             bias = bias[(None,) * (4 - bias.ndim)]
             bias = bias if bias.shape[0] == 1 else bias[batch]
             bias = bias if bias.shape[2] == 1 else bias[:, :, image]
         away = self.negative.attend(q[batch, :, image], k[batch], v[batch], bias, scale, kernel)
-        out[batch, :, image] = self.combine(out[batch, :, image], away)
+        out = own.clone()  # gradients may need what attention gave
+        out[batch, :, image] = self.combine(own[batch, :, image], away)
         return out
 
     def dense(self, batch: int, like: Tensor) -> Tensor:

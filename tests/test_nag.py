@@ -14,7 +14,7 @@ from contract_table import close, differs, trace
 from attnctl import attach
 from attnctl.engine.control import Control, Lane
 from attnctl.errors import ControlError, NoSiteError, PhraseError
-from attnctl.processors import Couple, Nag, Perturb, Regions, TokenMaps
+from attnctl.processors import AStar, Couple, Nag, Perturb, Regions, TokenMaps
 from attnctl.processors.couple import encoded
 from attnctl.processors.nag import extrapolated, limited, steered
 
@@ -113,7 +113,7 @@ def test_images_of_a_batch_are_drawn_as_alone(family):
 
 @dataclass(frozen=True, eq=False)
 class ByHand(Control):
-    """NAG at cross-attention from materialised maps over two sets of keys, given as text rows of their own."""
+    """NAG from maps that are really made, over the keys of each text, with the negative text as rows of its own."""
 
     like: Nag
     kept: dict = field(default_factory=dict)
@@ -121,31 +121,41 @@ class ByHand(Control):
     lane: ClassVar[Lane] = Lane.PROBS
 
     def sites(self, available):
-        return tuple(site for site in available if site.kind == "cross")
+        return tuple(site for site in available if site.kind in ("cross", "joint"))
 
     def begin(self, run):
         self.kept["rows"] = encoded(run, [self.like.negative])[0]
 
     def inputs(self, step):
-        text = step.arguments["encoder_hidden_states"]
-        return {"encoder_hidden_states": torch.cat([text, self.kept["rows"].expand(len(text), -1, -1)], 1)}
+        text, rows = step.arguments["encoder_hidden_states"], self.kept["rows"]
+        found = {"encoder_hidden_states": torch.cat([text, rows.expand(len(text), -1, -1)], 1)}
+        if "txt_ids" in step.arguments:
+            ids = step.arguments["txt_ids"]
+            found["txt_ids"] = torch.cat([ids, ids[:1].expand(len(rows), -1)])
+        return found
 
     def attend(self, call, proceed):
-        count = len(self.kept["rows"])
         logits = call.q @ call.k.mT * call.q.shape[-1] ** -0.5
-        both = [
-            logits[..., keys].softmax(-1) @ call.v[:, :, keys] for keys in (slice(None, -count), slice(-count, None))
-        ]
-        out = both[0].clone()
-        own = call.step.rows.cond
-        out[own] = by_hand(both[0][own], both[1][own], self.like.scale, self.like.tau, self.like.alpha)
+        keys = torch.arange(call.k.shape[2])
+        negative = (keys >= call.text.stop - len(self.kept["rows"])) & (keys < call.text.stop)
+        prompt = (keys >= call.text.start) & (keys < call.text.stop) & ~negative
+
+        def without(closed):
+            return logits.masked_fill(closed, -math.inf).softmax(-1) @ call.v
+
+        out, away = without(negative), without(prompt)
+        own, image = call.step.rows.cond, call.image
+        if call.site.kind == "joint":
+            out[:, :, negative] = away[:, :, negative]
+        like = self.like
+        out[own, :, image] = by_hand(out[own, :, image], away[own, :, image], like.scale, like.tau, like.alpha)
         return out
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_cross_attention_by_hand(family, guidance):
-    """With guidance too: the unconditional half is left alone."""
+def test_it_is_the_published_method(family, guidance):
+    """With classifier-free guidance, too, whose unconditional half is left alone; FLUX has none of that here."""
     pipe, nag = tiny.FAMILIES[family](), Nag(AWAY)
     with attach(pipe, nag):
         got = tiny.draw(pipe, guidance_scale=guidance)
@@ -206,6 +216,16 @@ def test_beside_other_controls(family):
     with attach(pipe, Nag(AWAY), *others):
         before = tiny.draw(pipe, **PLAIN)
     assert differs(after, without) and differs(after, alone) and differs(before, without) and differs(before, alone)
+
+
+@pytest.mark.parametrize("family", ["sd1", "flux"])
+def test_gradients_go_through_it(family):
+    pipe, guide = tiny.FAMILIES[family](), AStar("cat", "dog", updates=1, relative=0.1)
+    with attach(pipe, guide):
+        without = tiny.draw(pipe, **PLAIN)
+    with attach(pipe, Nag(AWAY), guide):
+        got = tiny.draw(pipe, **PLAIN)
+    assert got.isfinite().all() and differs(got, without)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
