@@ -277,6 +277,16 @@ def test_text_with_a_mask_is_refused(make):
         tiny.draw(pipe)
 
 
+def test_a_text_that_moves_nothing_is_an_error():
+    """Here no text can: the values of all text are zero."""
+    pipe = tiny.sd1()
+    for name, weight in pipe.unet.named_parameters():
+        if "attn2.to_v" in name:
+            weight.data.zero_()
+    with pytest.raises(ControlError, match="changes nothing"), attach(pipe, Nag(AWAY)):
+        tiny.draw(pipe, **PLAIN)
+
+
 class Owner(Control):
     """Works attention out by itself."""
 
