@@ -12,6 +12,7 @@ from .couple import Couple
 from .dense_regions import DenseRegions
 from .excitation import Excitation
 from .lora_regions import LoraRegions
+from .nag import Nag
 from .perturb import Pag, Perturb, Seg, Slg, Tpg
 from .placement import Placement
 from .regions import Isolation, Regions
@@ -19,6 +20,6 @@ from .retention import Retention
 from .segregation import Segregation
 
 __all__ = [
-    "AStar", "Binding", "Control", "Couple", "DenseRegions", "Excitation", "Isolation", "LoraRegions", "Pag", "Perturb",
-    "Placement", "Regions", "Retention", "Seg", "Segregation", "Slg", "TokenMaps", "Tpg",
+    "AStar", "Binding", "Control", "Couple", "DenseRegions", "Excitation", "Isolation", "LoraRegions", "Nag", "Pag",
+    "Perturb", "Placement", "Regions", "Retention", "Seg", "Segregation", "Slg", "TokenMaps", "Tpg",
 ]  # fmt: skip

@@ -142,7 +142,7 @@ def encoded(run: Run, prompts: Sequence[str]) -> list[Tensor]:
             clip = len(own.start) > 0  # its padding is part of what models are used to, and there is little of it
             kept = max(kept, stream.offset + (length if clip else own.end.stop))
         if not whole:
-            raise PhraseError(f"the prompt {short(prompt, 60)!r} of a region is too long for the text encoders")
+            raise PhraseError(f"the prompt {short(prompt, 60)!r} is too long for the text encoders")
         found.append(rows[:kept])
     return found
 
@@ -249,7 +249,7 @@ class Couple(Control):
         if not self._acts(step) or not isinstance(text, Tensor):
             return {}
         if step.changed:
-            raise ControlError("one Couple at a time: put all regions into one")
+            raise ControlError("one Couple at a time, and no Nag: only one control adds text")
         if step.arguments.get("encoder_attention_mask") is not None:
             raise ControlError("Couple does not work beside an encoder_attention_mask")
         state.base = text.shape[1]

@@ -24,6 +24,7 @@ from attnctl.processors import (
     DenseRegions,
     Excitation,
     Isolation,
+    Nag,
     Pag,
     Perturb,
     Placement,
@@ -112,6 +113,7 @@ CASES = {
         lambda: Couple({"a red dog": LEFT, "a blue cat": (0.5, 0, 1, 1)}, base=0.1, negatives={"a red dog": "and"}),
         lambda: Couple({"a red dog": LEFT}, base=1.0),
     ),
+    "nag": Case(lambda: Nag("a red dog"), lambda: Nag("a red dog", scale=1.0)),
     "shuffle": Case(lambda: Tpg("1"), lambda: Tpg("1", scale=0.0), families=("sd1", "sd3")),
 }  # fmt: skip
 
