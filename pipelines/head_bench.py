@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -134,32 +135,27 @@ class Log:
     """
 
     def __init__(self, file: TextIO | None, setting: dict[str, Any]) -> None:
-        self.file, self.done = file, dict[str, list[float]]()
+        self.file, self.setting, self.done = file, setting, dict[str, list[float]]()
+        self.begun = False  # the settings are written
         if file is None:
             return
         file.seek(0)
         lines = file.read().splitlines(keepends=True)
-        for number, line in enumerate(lines):
-            if not line.endswith("\n"):
-                file.write("\n")
+        if lines and not lines[-1].endswith("\n"):
+            file.write("\n")
+        for line in lines:
             try:
                 found = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if number == 0 and found.get("setting") != setting:
-                other = [name for name in setting if found.get("setting", {}).get(name) != setting[name]]
+            if "setting" in found and found["setting"] != setting:
+                other = [name for name in setting if found["setting"].get(name) != setting[name]]
                 raise ControlError(
                     f"{file.name} holds scores of a search with another {', '.join(other)}; move it away to start anew"
                 )
-            if "items" in found:
+            self.begun = self.begun or "setting" in found
+            if self.begun and "items" in found:
                 self.done[json.dumps(found["items"])] = found["scores"]
-        if not lines:
-            self._write({"setting": setting})
-
-    def _write(self, line: dict[str, Any]) -> None:
-        if self.file is not None:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
 
     def get(self, items: Sequence[Item]) -> list[float] | None:
         """The scores of a batch, if it was measured before."""
@@ -167,7 +163,12 @@ class Log:
 
     def add(self, items: Sequence[Item], scores: list[float]) -> None:
         """Keep the scores of a batch."""
-        self._write({"items": items, "scores": scores})
+        if self.file is None:
+            return
+        lines = [] if self.begun else [{"setting": self.setting}]
+        self.file.write("".join(json.dumps(line) + "\n" for line in [*lines, {"items": items, "scores": scores}]))
+        self.file.flush()
+        self.begun = True
 
 
 @contextmanager
@@ -182,7 +183,11 @@ def opened(path: Path | None, setting: dict[str, Any]) -> Iterator[Log]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ControlError(f"another process is searching into {path}; wait, or choose another file") from None
-        yield Log(file, setting)
+        try:
+            yield Log(file, setting)
+        finally:
+            if not os.fstat(file.fileno()).st_size:  # nothing was measured
+                path.unlink()
 
 
 class LoggedBench:

@@ -111,7 +111,7 @@ def race(
     heads = [head for own in sites.values() for head in own]
     one, plain = bench.price(heads[0], steps), bench.price("", steps)
     screened = len(sites) * bench.price(heads[0], quick) + bench.price("", quick)
-    arms = math.ceil(len(heads) / 2) + len(sites)
+    arms = _most_arms([len(own) for own in sites.values()])
     least = {
         "prune": len(heads) * bench.effect_price(),
         "screen": screened,
@@ -226,6 +226,15 @@ def ordered(found: Mapping[str, Rank], chosen: str) -> list[Rank]:
         return one.heads != chosen, -number, -one.gain
 
     return sorted(found.values(), key=place)
+
+
+def _most_arms(heads: Sequence[int]) -> int:
+    """How many sets may race at most, of sites with so many heads: half of all heads stay, and half of their sites."""
+    kept, largest, most = math.ceil(sum(heads) / 2), sorted(heads, reverse=True), 0
+    for alive in range(1, min(len(heads), kept) + 1):
+        good = math.ceil(alive / 2)
+        most = max(most, good + min(kept - (alive - good), sum(largest[:good])))
+    return most
 
 
 def _rounds(arms: int) -> int:

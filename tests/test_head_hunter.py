@@ -17,7 +17,7 @@ from attnctl.glyph.objective import FLOOR, Shown, things, usual_prompts
 from attnctl.pipelines import HeadHunter
 from attnctl.pipelines.head_bench import Item, LoggedBench, opened
 from attnctl.pipelines.head_hunter import Found
-from attnctl.pipelines.head_race import UNSEEN, Case, cases, greedy, race, rank
+from attnctl.pipelines.head_race import UNSEEN, Case, _most_arms, cases, greedy, race, rank
 from attnctl.processors import Perturb
 
 SITES = {str(block): [f"{block}:{head}" for head in range(4)] for block in range(6)}
@@ -145,6 +145,12 @@ def test_a_budget_that_is_too_small_says_what_is_needed(method):
         hunt(Known(), budget=least - 1, method=method)
 
 
+def test_no_search_has_more_sets_in_its_race_than_the_least_budget_is_for():
+    assert _most_arms([4]) == 3  # its half, and itself
+    assert _most_arms([4] * 10) == 21  # nine sites stay; five are good, with all heads that stay but one in each other
+    assert _most_arms([1]) == 2
+
+
 def test_cases_differ():
     assert cases(2, 3) == [Case(0, 0), Case(1, 1), Case(0, 2)]
     assert not set(cases(2, 5)) & set(cases(2, 5, first=5))
@@ -171,10 +177,27 @@ def test_a_search_that_was_stopped_goes_on_to_the_same_result(tmp_path, torn):
 
 def test_a_log_of_another_search_is_refused_and_so_is_a_second_process(tmp_path):
     path = tmp_path / "scores.jsonl"
-    with opened(path, {"a": 1, "u": 1.0}):
+    with opened(path, {"a": 1, "u": 1.0}) as log:
         with pytest.raises(ControlError, match="another process is searching"), opened(path, {"a": 1, "u": 1.0}):
             pass
+        log.add([Item("0:1", 0, 0, 2)], [1.0])
     with pytest.raises(ControlError, match="a search with another u; move it away"), opened(path, {"a": 1, "u": 0.5}):
+        pass
+
+
+def test_a_search_that_cannot_begin_leaves_no_log(tmp_path):
+    with pytest.raises(ControlError, match="too small"):
+        hunt(Known(), tmp_path / "scores.jsonl", budget=10)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_log_cut_short_in_its_first_line_is_begun_anew(tmp_path):
+    path = tmp_path / "scores.jsonl"
+    path.write_text('{"setting": {"a"')
+    wanted = hunt(Known(), path)
+    again = Known()
+    assert hunt(again, path) == wanted and again.asked == []
+    with pytest.raises(ControlError, match="another a"), opened(path, {"a": 2}):
         pass
 
 
@@ -196,7 +219,7 @@ def bright(pictures, prompts):
 
 
 def hunter(pipe, objective=bright, **settings):
-    return HeadHunter(pipe, objective, ["cat", "dog"], heads="0 2", steps=2, batch=8, **settings)
+    return HeadHunter(pipe, objective, ["cat", "dog"], heads="0 2", steps=2, batch=32, **settings)
 
 
 def test_a_search_by_drawing_writes_a_file_that_perturb_reads(tmp_path):
