@@ -18,7 +18,7 @@ from attnctl.errors import ControlError
 
 Floats = NDArray[np.float64]
 
-SHARES = {"prune": 0.1, "screen": 0.15, "race": 0.35, "final": 0.15, "confirm": 0.25}  # of the budget; ours
+SHARES = {"prune": 0.1, "screen": 0.1, "race": 0.35, "final": 0.25, "confirm": 0.2}  # of the budget; ours
 LEAST = {"prune": 1, "screen": 4, "race": 2, "final": 4, "confirm": 8}  # pictures of each set; ours
 MOST_PRUNE = 8  # sizes of effects hardly differ between pictures
 INERT = 5e-3  # of the prediction; what moves it less cannot be seen in the picture
@@ -75,7 +75,10 @@ class Rank:
         return asdict(self) | {"error": None if math.isnan(self.error) else self.error}
 
     def __str__(self) -> str:
-        return f"{self.heads:24s} {self.gain:+.4f} +- {self.error:.4f}  {self.pictures:4d} pictures, {self.stage}"
+        what = "effect" if self.stage == "prune" else "gain"
+        return (
+            f"{self.heads:24s} {what:6s} {self.gain:+.4f} +- {self.error:.4f} {self.pictures:5d} pictures, {self.stage}"
+        )
 
 
 def rank(heads: str, stage: str, values: Floats) -> Rank:

@@ -322,3 +322,26 @@ def test_the_command_refuses_in_one_line(command):
     code, _, err = command("search", "heads", "--budget", "100", "--out", "heads.json", "--objective", "json:nothing")
     assert code == 2 and "has no function 'nothing'" in err[0]
     assert not list(Path.cwd().iterdir())
+
+
+def test_the_command_searches_by_a_function_of_ones_own_and_goes_on(command, tmp_path):
+    tiny.sd1().save_pretrained(tmp_path / "model")
+    Path("own.py").write_text(
+        "def red(pictures, prompts):\n    return [float(p.getpixel((0, 0))[0]) for p in pictures]\n"
+    )
+    Path("prompts.txt").write_text("cat\n\ndog\n")
+    words = ("search", "heads", "--model", "model", "--objective", "own:red", "--prompts", "prompts.txt")
+    words += ("--heads", "0:0 0:1", "--steps", "1", "--batch", "64", "--out", "heads.json")
+    code, _, err = command(*words, "--budget", "20")
+    assert code == 2 and "too small" in err[0]
+    least = err[0].split()[-1]
+    code, out, _ = command(*words, "--budget", least)
+    assert code == 0
+    written = json.loads(Path("heads.json").read_text())
+    assert out[0].startswith(written["heads"]) and "confirm" in out[0] and "+-" in out[0]
+    assert written["settings"]["objective"] == "own:red" and written["settings"]["prompts"] == ["cat", "dog"]
+    log = Path("heads.scores.jsonl").read_text()
+    assert command(*words, "--budget", least)[:2] == (0, out)
+    assert Path("heads.scores.jsonl").read_text() == log
+    code, _, err = command(*words, "--budget", least, "-u", "0.5")
+    assert code == 2 and "a search with another u; move it away" in err[0]

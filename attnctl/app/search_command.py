@@ -51,7 +51,7 @@ def heads(
     """Find the attention heads whose perturbation helps, and write a file that the control perturb reads.
 
     - attnctl search heads --model glyph-sd --budget 20000 --out heads.json
-    - attnctl generate 'a cat' --control perturb:heads=heads.json
+    - attnctl generate 'a cat' --control 'perturb(heads=heads.json)'
 
     Scores are kept beside the file as they come: a search that was stopped, in whatever way, goes on from there when it
     is started again.
@@ -94,7 +94,7 @@ def heads(
         found.save(out)
         with paused(bar):
             for one in found.ranks[:SHOWN]:
-                print(plain(one))
+                print(one)
             print(f"heads {plain(found.heads)} (u {found.u:g}, scale {found.scale:g}), {found.spent} forward passes")
             print(plain(out), flush=True)
     if not found.sure:
