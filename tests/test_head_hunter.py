@@ -333,8 +333,8 @@ def test_the_command_searches_by_a_function_of_ones_own_and_goes_on(command, tmp
     words = ("search", "heads", "--model", "model", "--objective", "own:red", "--prompts", "prompts.txt")
     words += ("--heads", "0:0 0:1", "--steps", "1", "--batch", "64", "--out", "heads.json")
     code, _, err = command(*words, "--budget", "20")
-    assert code == 2 and "too small" in err[0]
-    least = err[0].split()[-1]
+    assert code == 2 and "too small" in err[-1]
+    least = err[-1].split()[-1]
     code, out, _ = command(*words, "--budget", least)
     assert code == 0
     written = json.loads(Path("heads.json").read_text())
@@ -344,4 +344,4 @@ def test_the_command_searches_by_a_function_of_ones_own_and_goes_on(command, tmp
     assert command(*words, "--budget", least)[:2] == (0, out)
     assert Path("heads.scores.jsonl").read_text() == log
     code, _, err = command(*words, "--budget", least, "-u", "0.5")
-    assert code == 2 and "a search with another u; move it away" in err[0]
+    assert code == 2 and "a search with another u; move it away" in err[-1]
