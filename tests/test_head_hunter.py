@@ -34,7 +34,8 @@ def noise(*key) -> float:
 class Known:
     """Scores with known gains: noise of the case that all sets share, and a little of the set's own."""
 
-    def __init__(self, stop_after: int | None = None) -> None:
+    def __init__(self, stop_after: int | None = None, inert: str = "015") -> None:
+        self.inert = inert
         self.asked: list[list[Item]] = []
         self.stop_after = stop_after
 
@@ -50,7 +51,7 @@ class Known:
     def one(self, item):
         own = [head for word in item.heads.split() for head in SITES.get(word, [word])]
         if not item.steps:
-            return 0.001 if own[0][0] in "015" else 0.1 + 0.01 * noise(item)
+            return 0.001 if own[0][0] in self.inert else 0.1 + 0.01 * noise(item)
         gain = sum(BEST.get(head, -0.1) for head in own)
         return 3 * noise(item.prompt, item.seed) + gain + 0.3 * noise(item)
 
@@ -88,6 +89,24 @@ def test_inert_heads_are_not_drawn_and_the_confirmation_is_on_unseen_seeds():
     assert {one.stage for one in ranks if one.heads[0] in "015" and ":" in one.heads} == {"prune"}
     unseen = {item.heads for item in drawn if item.seed >= UNSEEN}
     assert unseen == {"", *(one.heads for one in ranks if one.stage == "confirm")}
+
+
+def test_a_head_that_nobody_would_see_is_left_out_though_it_is_of_the_larger_half():
+    measure = Known(inert="01357")
+    hunt(measure)
+    assert {item.heads[:1] for batch in measure.asked for item in batch if item.steps} == {"", "2", "4"}
+
+
+def test_every_round_draws_new_pictures():
+    measure = Known()
+    _, ranks, _ = hunt(measure, budget=12000)
+    drawn = [item for batch in measure.asked for item in batch if item.steps == 5 and item.seed < UNSEEN]
+    own = {one.heads: {item for item in drawn if item.heads == one.heads} for one in ranks}
+    raced = [one for one in ranks if one.stage == "race"]
+    assert all(len(own[one.heads]) == one.pictures for one in raced)
+    assert len({one.pictures for one in raced}) > 1
+    final = next(one for one in ranks if one.stage == "final" and " " not in one.heads)
+    assert len(own[final.heads]) >= final.pictures + max(one.pictures for one in raced)
 
 
 def test_sets_are_measured_on_the_same_pictures():
