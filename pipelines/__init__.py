@@ -6,6 +6,7 @@ One file per recipe. A recipe may use `attnctl` and `attnctl.processors`; nothin
 from .astar import AStarPipeline
 from .compose import PrimeComposer
 from .compositions import Composition
+from .head_hunter import HeadHunter
 from .personalizer import Personalizer
 
-__all__ = ["AStarPipeline", "Composition", "Personalizer", "PrimeComposer"]
+__all__ = ["AStarPipeline", "Composition", "HeadHunter", "Personalizer", "PrimeComposer"]

@@ -26,6 +26,7 @@ from attnctl.app.compose_command import compose
 from attnctl.app.concepts_command import app as concepts_app
 from attnctl.app.personalize_command import personalize
 from attnctl.app.request import checked, control_texts, judged, left_alone, mapped_words, size_of
+from attnctl.app.search_command import app as search_app
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -51,6 +52,7 @@ app.command(no_args_is_help=True)(batch)
 app.command(no_args_is_help=True)(compose)
 app.command(no_args_is_help=True)(personalize)
 app.add_typer(concepts_app, name="concepts")
+app.add_typer(search_app, name="search")
 
 
 def main() -> None:

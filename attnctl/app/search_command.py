@@ -1,0 +1,126 @@
+"""attnctl search: find what to control, by drawing."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from attnctl.app.command import DEVICE_HELP, MODEL_HELP, UsageError, check_writable, plain, tell
+
+if TYPE_CHECKING:
+    from attnctl.pipelines.head_bench import Progress
+
+app = typer.Typer(no_args_is_help=True, help="Search for what to control, by drawing.", rich_markup_mode="markdown")
+
+SHOWN = 12
+
+
+@app.callback()
+def _group() -> None:
+    pass
+
+
+@app.command(no_args_is_help=True)
+def heads(
+    budget: Annotated[int, typer.Option(help="Forward passes of the denoiser, each for one picture.", min=1)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File for the heads, .json.")],
+    model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)] = "glyph-sd",
+    where: Annotated[str, typer.Option("--heads", help="Where to search: all, 7-10, mid, ...")] = "all",
+    prompts: Annotated[Path | None, typer.Option(help="A file, one prompt a line; glyph-sd has its own.")] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="module:function, from pictures and prompts to scores; glyph-sd has the judge."),
+    ] = None,
+    method: Annotated[str, typer.Option(help="race, ours, or greedy, the paper's.")] = "race",
+    rounds: Annotated[int, typer.Option(help="Of greedy.", min=1)] = 1,
+    each: Annotated[int, typer.Option(help="Of greedy: how many heads a round adds.", min=1)] = 3,
+    steps: Annotated[int, typer.Option(help="Of a picture.", min=1)] = 10,
+    strength: Annotated[float, typer.Option("-u", help="How far heads are broken, to 1.")] = 1.0,
+    scale: Annotated[float, typer.Option(help="Weight of the difference.")] = 3.0,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0,
+    batch: Annotated[int, typer.Option(help="Pictures drawn together.", min=1)] = 16,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the processor.")] = None,
+) -> None:
+    """Find the attention heads whose perturbation helps, and write a file that the control perturb reads.
+
+    - attnctl search heads --model glyph-sd --budget 20000 --out heads.json
+    - attnctl generate 'a cat' --control 'perturb(heads=heads.json)'
+
+    Scores are kept beside the file as they come: a search that was stopped, in whatever way, goes on from there when it
+    is started again.
+    """
+    if out.suffix != ".json":
+        raise UsageError(f"--out {out}: the name of a file of heads ends in .json")
+    check_writable(out.parent)
+    if model != "glyph-sd" and (objective is None or prompts is None):
+        raise UsageError(f"--model {model} needs --objective and --prompts; only glyph-sd has its own")
+    texts = _lines(prompts) if prompts is not None else None
+    score = _named(objective) if objective is not None else None
+    from attnctl.app.asked import open_model
+    from attnctl.app.bars import bars, paused
+    from attnctl.glyph.objective import Shown, usual_prompts
+    from attnctl.pipelines.head_hunter import HeadHunter
+
+    with bars() as bar:
+        pipe = open_model(model, device, "float32", bar, threads)
+        hunter = HeadHunter(
+            pipe,
+            score or Shown(),
+            texts or usual_prompts(),
+            heads=where,
+            steps=steps,
+            u=strength,
+            scale=scale,
+            call={"guidance_scale": guidance},
+            batch=batch,
+            model=model,
+            objective_name=objective,
+        )
+        task = bar.add_task("searching", total=budget)
+
+        def show(now: Progress) -> None:
+            left = "" if math.isnan(now.seconds) else f", {now.seconds / 60:.0f} min left"
+            bar.update(task, completed=now.spent, description=f"{now.stage}{left}")
+
+        log = out.with_name(f"{out.stem}.scores.jsonl")
+        found = hunter.hunt(budget, method=method, rounds=rounds, each=each, log=log, progress=show)  # type: ignore[arg-type]
+        found.save(out)
+        with paused(bar):
+            for one in found.ranks[:SHOWN]:
+                print(one)
+            print(f"heads {plain(found.heads)} (u {found.u:g}, scale {found.scale:g}), {found.spent} forward passes")
+            print(plain(out), flush=True)
+    if not found.sure:
+        tell("on unseen seeds these heads gain less than two standard errors; a larger budget may tell more")
+
+
+def _lines(path: Path) -> list[str]:
+    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not lines:
+        raise UsageError(f"--prompts {path} holds no prompt")
+    return lines
+
+
+def _named(text: str) -> Callable[..., Any]:
+    """The function of "module:function"; modules of the current folder are found."""
+    module, colon, name = text.partition(":")
+    if not colon:
+        raise UsageError(f"--objective {text}: write it as module:function")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise UsageError(f"--objective {text}: {error}") from None
+    finally:
+        sys.path.pop(0)
+    if not callable(found):
+        raise UsageError(f"--objective {text}: {module} has no function {name!r}")
+    wanted: Callable[..., Any] = found
+    return wanted
