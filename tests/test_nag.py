@@ -14,6 +14,7 @@ from contract_table import close, differs, trace
 from attnctl import attach
 from attnctl.engine.control import Control, Lane
 from attnctl.errors import ControlError, NoSiteError, PhraseError
+from attnctl.glyph import judge
 from attnctl.processors import AStar, Couple, Nag, Perturb, Regions, TokenMaps
 from attnctl.processors.couple import encoded
 from attnctl.processors.nag import extrapolated, limited, steered
@@ -226,6 +227,21 @@ def test_gradients_go_through_it(family):
     with attach(pipe, Nag(AWAY), guide):
         got = tiny.draw(pipe, **PLAIN)
     assert got.isfinite().all() and differs(got, without)
+
+
+def test_what_the_negative_text_names_is_drawn_less_without_guidance():
+    """The trained model, in pictures: the same noises with and without it."""
+    pipe, eye = tiny.glyph(), judge.load()
+    settings = {"num_inference_steps": 10, "guidance_scale": 1.0, "num_images_per_prompt": 8}
+
+    def cats(*controls):
+        with attach(pipe, *controls):
+            noise = [torch.Generator().manual_seed(seed) for seed in range(8)]
+            pictures = pipe("a car and a cat", generator=noise, **settings).images
+        return sum(reading.has("cat") for reading in eye.read(pictures))
+
+    found = cats(), cats(Nag("a cat", scale=9, tau=5, alpha=0.5))
+    assert found[1] + 3 <= found[0], found
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
