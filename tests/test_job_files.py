@@ -91,7 +91,8 @@ def test_job_files_of_the_demos(file):
 def test_there_is_a_job_file_for_each_method():
     text = "".join(file.read_text() for file in RECIPES)
     pages = {page.stem for page in (ROOT / "docs" / "methods").glob("*.md")}
-    methods = pages - {"perturbation", "calibration"} | {"perturb"}  # calibration trains, it draws nothing
+    commands = {"calibration", "composition", "head-search"}  # commands of their own, no controls of a prompt
+    methods = pages - commands - {"perturbation"} | {"perturb"}
     assert methods <= {file.stem for file in RECIPES} and "couple(" in text
 
 
