@@ -103,7 +103,7 @@ def test_weights_and_phrases_are_checked():
 
 def keep_of(images=2, **settings):
     keep = Keep(("cat", "dog"), **settings)
-    run = SimpleNamespace(picture=(32, 48))
+    run = SimpleNamespace(whole=(32, 48), view=(0.0, 0.0, 1.0, 1.0))
     rows = torch.tensor([[2, 5]]).expand(images, 2)
     found = PhraseTokens(
         rows, torch.ones_like(rows, dtype=torch.bool), torch.eye(2).expand(images, 2, 2), torch.eye(2)[None, :, None]

@@ -245,6 +245,7 @@ def test_a_training_goes_on_to_the_same_weights(picture, tmp_path, trained):
     assert steps == [5, 6] and same(weights_of(whole), weights_of(broken))
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_resumed_the_command_ends_in_the_same_weights(command, picture, folder, tmp_path):
     picture.save(tmp_path / "mine.png")
     few = [word for name, value in (LONG | {"steps": 80}).items() for word in ("--set", f"{name}={value}")]

@@ -156,8 +156,6 @@ def test_strength_zero_changes_no_bit(pipes, family):
     with attach(pipe, still, TokenMaps()) as run:
         assert torch.equal(tiny.draw(pipe, TEXTS), plain)
     assert str(run.run.state(still)) == "no update"
-    with attach(pipe, Segregation("cat", "dog", window=(0.6, 1)), TokenMaps()):
-        assert torch.equal(tiny.draw(pipe, TEXTS), plain)  # of two steps none lies there
 
 
 def test_phrases_that_are_not_there(pipes):

@@ -35,11 +35,16 @@ def test_record_of_sequential_guidance_holds():
 WRONG = {
     "text order": ("sd3", "text moves keys", {"site": lambda *_: ("joint", 2, "text-first")}),
     "no text": ("sd1", "text moves keys", {"site": lambda *_: ("cross", 1, None)}),
-    "branches": ("sd1", "prompt moves batch rows 1-1", {"branches": "sequential"}),
 }
 
 
-@pytest.mark.parametrize("name", ["text order", "branches"])
+def test_rows_are_told_by_what_was_encoded_whatever_the_record_says(monkeypatch):
+    wrong = tuple(replace(record, branches="sequential") for record in families.FAMILIES)
+    monkeypatch.setattr(families, "FAMILIES", wrong)
+    assert verify(tiny.FAMILIES["sd1"](), height=32, width=48).rows == (1,)
+
+
+@pytest.mark.parametrize("name", ["text order"])
 def test_wrong_record_is_found_out(name, monkeypatch):
     family, message, changes = WRONG[name]
     wrong = tuple(
