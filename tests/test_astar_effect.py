@@ -1,5 +1,6 @@
 """What A-STAR as written does to pictures of the embedded model: it repairs far more than it breaks, and it places."""
 
+import cases as cases_of
 import effect
 import pytest
 import torch
@@ -24,9 +25,9 @@ def test_by_default_it_repairs_three_times_what_it_breaks(pipe):
     prompts, eye = benchmark(), judge.load()
     (control,) = effect.CONDITIONS["astar"](prompts[:1])
     assert control == AStar(*control.phrases)  # no setting
-    cases = [effect.Case(k, 0, name) for name in ("none", "astar") for k in effect.subset(prompts, each=16)]
+    cases = [cases_of.Case(k, 0, name) for name in ("none", "astar") for k in cases_of.subset(prompts, each=16)]
     results = {}
-    for group in effect.batches(cases, 12):
+    for group in cases_of.batches(cases, 12):
         images = effect.draw_batch(pipe, prompts, group, 20, 3.0)
         for case, reading in zip(group, eye.read(images), strict=True):
             results[case.name] = effect.judged(prompts[case.prompt], reading)

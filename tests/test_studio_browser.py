@@ -178,6 +178,8 @@ def test_a_run_is_cancelled(page, studio):
     expect(page.locator("#preview img")).to_be_visible()
     page.get_by_role("button", name="Cancel").first.click()
     expect(page.locator("#status")).to_contain_text("Stopped")
+    page.get_by_label("Steps").fill("2")
+    page.wait_for_timeout(1000)  # the page first hears that the run is over
     generate(page)
     assert not studio.turns.busy
 
