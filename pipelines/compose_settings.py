@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
-from attnctl.errors import ControlError, instead
+from attnctl.errors import ControlError
 from attnctl.pipelines.inversion import Method
 from attnctl.pipelines.pasting import Fit
+from attnctl.pipelines.presets import preset_with
 from attnctl.processors.composition import Rows
 
 
@@ -95,10 +96,4 @@ def settings_of(preset: str = "ours", **changes: Any) -> Settings:
     Raises:
         ControlError: there is no such preset or setting, or one is out of its range.
     """
-    if preset not in PRESETS:
-        raise ControlError(f"there is no preset {preset!r}; {instead(preset, PRESETS)}")
-    known = [one.name for one in fields(Settings)]
-    for name in changes:
-        if name not in known:
-            raise ControlError(f"there is no setting {name!r}; {instead(name, known)}")
-    return replace(PRESETS[preset], **changes)
+    return preset_with(PRESETS, preset, changes)

@@ -40,3 +40,15 @@ def command(capfd, monkeypatch, tmp_path):
         return stop.value.code, out.splitlines(), err.splitlines()
 
     return run
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(name, content) makes a file in the test's folder."""
+
+    def write(name, content):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write

@@ -26,16 +26,6 @@ def tiny(tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture
-def write(tmp_path):
-    def write(name, content):
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return path
-
-    return write
-
-
 def pictures(folder):
     return {path.name: recipe.pixel_hash(recipe.read(path)[0]) for path in folder.glob("*-????????????.png")}
 

@@ -15,16 +15,6 @@ from attnctl.app.batch.faults import JobError
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture
-def write(tmp_path):
-    def write(name, content):
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return path
-
-    return write
-
-
 def rows(file, *overrides):
     placed = job_files.read_jobs(file, job_files.read_overrides(overrides))
     return [(one.job.prompt, one.job.seed, one.job.controls) for one in placed]

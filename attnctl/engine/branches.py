@@ -57,17 +57,25 @@ class Branches:
             for one in batches
         ]
 
-    def of(self, text: Any) -> Branch | None:
-        """The branch whose text this is; None if nothing tells."""
+    def guider(self, text: Any) -> Branch | None:
+        """What a guider calls the denoiser call that is made now with this text; None if there is no guider.
+
+        Several of its batches may have the same text; they are called in order, so each is taken once.
+        """
+        for number, (branch, tensors) in enumerate(self._prepared):
+            if any(text is one for one in tensors):
+                del self._prepared[number]
+                return branch
+        return None
+
+    def _of(self, text: Any) -> Branch | None:
+        """The branch whose text was encoded so; None if nothing tells."""
         if not isinstance(text, Tensor):
             return None
-        for branch, tensors in self._prepared:
-            if any(text is one for one in tensors):
-                return branch
         positive, negative = (any(same_text(text, one) for one in own) for own in (self._positive, self._negative))
         return None if positive == negative else "cond" if positive else "uncond"
 
-    def rows(self, run: Run, total: int, text: Any, extra: bool) -> Rows:
+    def rows(self, run: Run, total: int, text: Any, extra: bool, guider: Branch | None = None) -> Rows:
         """Which rows of a denoiser call are what.
 
         Args:
@@ -75,6 +83,7 @@ class Branches:
             total: batch size of the denoiser call.
             text: its text input.
             extra: it is a further pass over conditional rows.
+            guider: what a guider calls it, see `guider`.
 
         Raises:
             UnsupportedPipelineError: it has more parts than an unconditional and a conditional one, or nothing tells
@@ -82,6 +91,9 @@ class Branches:
         """
         if extra:
             return Rows(slice(0, total), None, total)
+        if guider is not None and total == run.images:
+            own = slice(0, total)
+            return Rows(None, own, total) if guider == "uncond" else Rows(own, None, total)
         for known, size, rows in self._latest:  # pipelines give the same tensor at each step
             if known is text and size == total:
                 return rows
@@ -93,11 +105,11 @@ class Branches:
     def _rows(self, run: Run, total: int, text: Any) -> Rows:
         images, everything = run.images, slice(0, total)
         if total == images or (run.family.branches == "sequential" and total != 2 * images):
-            branch = self.of(text) or self.told
+            branch = self._of(text) or self.told
             return Rows(None, everything, total) if branch == "uncond" else Rows(everything, None, total)
         if total == 2 * images:
             first, second = slice(0, images), slice(images, total)
-            halves = (self.of(text[first]), self.of(text[second])) if isinstance(text, Tensor) else (None, None)
+            halves = (self._of(text[first]), self._of(text[second])) if isinstance(text, Tensor) else (None, None)
             if halves == ("cond", "uncond"):
                 return Rows(first, second, total)
             if halves == ("uncond", "cond") or (run.guided and run.family.branches == "batched"):

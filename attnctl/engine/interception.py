@@ -164,9 +164,10 @@ class Interception:
         run = self.run = self.run or self._start(arguments)
         for attachment in target.attachments:
             attachment.latest = run
-        extra = arguments.get("skip_layers") is not None or self.branches.of(text) == "extra"
+        guider = self.branches.guider(text)
+        extra = arguments.get("skip_layers") is not None or guider == "extra"
         self.branches.told = self.passes.branch[0] if self.passes.branch else None
-        rows = self.branches.rows(run, raw.shape[0], text, extra)
+        rows = self.branches.rows(run, raw.shape[0], text, extra, guider)
         first = rows.cond is not None and not extra
         if first or self.sample is None:
             own, scale = rows.cond or slice(0, rows.total), calls.scale_of(family, pipe, timestep)

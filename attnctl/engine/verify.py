@@ -84,9 +84,9 @@ def verify(pipe: Any, prompt: str = "a cat", other: str = "two red dogs", **call
         return look.calls
 
     def move_text(arguments: dict[str, Any]) -> dict[str, Any]:
-        text = arguments["encoder_hidden_states"]
+        text = arguments[family.text]
         noise = torch.randn(text.shape, generator=torch.Generator().manual_seed(1))
-        return {"encoder_hidden_states": text + noise.to(text)}
+        return {family.text: text + noise.to(text)}
 
     def move_cell(arguments: dict[str, Any]) -> dict[str, Any]:
         sample, size = arguments[family.sample].clone(), site.factor or 1

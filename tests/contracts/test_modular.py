@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -12,6 +13,7 @@ from contract_table import differs
 from toys import Spy
 
 from attnctl.engine.attachment import attach
+from attnctl.engine.branches import Branches
 from attnctl.processors import AStar, TokenMaps
 
 TEXT = "a cat and a dog"
@@ -53,3 +55,14 @@ def test_a_gradient_moves_what_is_drawn(pipe):
         assert differs(draw(pipe), plain)
     assert run.report.to_dict()["traces"][0]["updates"] == 3
     assert torch.equal(draw(pipe), plain)
+
+
+def test_batches_of_a_guider_with_the_same_text_are_taken_in_order():
+    """As skipped-layer guidance prepares them: the prompt, the negative prompt, and the prompt once more."""
+    prompt, negative = torch.zeros(1, 2, 3), torch.ones(1, 2, 3)
+    names = {"pred_cond": prompt, "pred_uncond": negative, "pred_cond_skip": prompt}
+    branches = Branches()
+    for _ in range(2):
+        branches.prepared([SimpleNamespace(__guidance_identifier__=name, text=text) for name, text in names.items()])
+        assert [branches.guider(text) for text in names.values()] == ["cond", "uncond", "extra"]
+    assert branches.guider(prompt) is None
