@@ -120,6 +120,31 @@ def sd(
 
 
 @app.command()
+def sd3(
+    vae: Annotated[Path, typer.Option(help="The trained autoencoder.")] = Path("runs/autoencoder/vae"),
+    out: Out = Path("runs/sd3"),
+    steps: Steps = 15_000,
+    minutes: Minutes = 0,
+    resume: Resume = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    rate: Rate = 6e-3,
+    scenes: Scenes = 24_000,
+    grounding: Annotated[
+        float, typer.Option(min=0, callback=_finite, help="Weight of the grounding loss; 0 leaves it out.")
+    ] = 0.05,
+) -> None:
+    """The Stable Diffusion 3 pipeline, which attends jointly; writes OUT/glyph-sd3."""
+    with quiet():
+        from attnctl.glyph.train.sd3 import BATCH, Flow
+
+    task = {"model": "sd3", "scenes": scenes, "grounding": grounding, "batch": BATCH, "vae": _weights(vae)}
+    settings = Settings(out, steps, rate, seed=seed, minutes=minutes, resume=resume, every=250, task=task)
+    _check(settings, device)
+    train(Flow(vae, scenes, seed, device, out, grounding), settings)
+
+
+@app.command()
 def judge(
     out: Out = Path("runs/judge"),
     steps: Steps = 6000,

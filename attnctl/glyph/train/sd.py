@@ -1,7 +1,6 @@
 """glyph-sd: a small Stable Diffusion on the glyph world."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +8,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from rich.progress import track
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
-from attnctl.glyph.scenes import SIDE, Renderer, Scene
+from attnctl.glyph.scenes import SIDE, Renderer
 from attnctl.glyph.tokenizer import build_tokenizer
-from attnctl.glyph.train.autoencoder import pixels, sheet
-from attnctl.glyph.train.grounding import GRID, MapScore, coverage, eager, grounding_loss, map_test, owners
+from attnctl.glyph.train.autoencoder import sheet
+from attnctl.glyph.train.encoded import encode, encoded_scenes
+from attnctl.glyph.train.grounding import GRID, MapScore, eager, grounding_loss, map_test, owners
 from attnctl.glyph.train.loop import Losses
 from attnctl.glyph.words import CONCEPTS
 from attnctl.loading import ModelError, load_autoencoder
@@ -93,23 +91,6 @@ def new_unet(channels: int) -> UNet2DConditionModel:
     )
 
 
-def _batches(scenes: int, seed: int, size: int = 64) -> Iterator[list[Scene]]:
-    render = Renderer(stream=3)
-    for first in track(range(0, scenes, size), description="drawing and encoding scenes"):
-        yield [render.scene(seed * 10_000_000 + k) for k in range(first, min(first + size, scenes))]
-
-
-@torch.no_grad()
-def encode(vae: AutoencoderKL, tokenizer: CLIPTokenizer, scenes: list[Scene]) -> dict[str, Tensor]:
-    """Scaled latents (n, c, 16, 16), token ids and owners (n, 77), masks (n, 3, 16, 16); on the CPU, in small types."""
-    images = pixels(np.stack([scene.image for scene in scenes])).to(vae.device)
-    latents = vae.encode(images).latent_dist.mode() * vae.config.scaling_factor
-    ids, owner = owners(tokenizer, [scene.caption for scene in scenes])
-    masks = torch.stack([coverage(scene) for scene in scenes])
-    latents = latents.half().cpu().contiguous()
-    return {"latents": latents, "ids": ids.short(), "owner": owner.to(torch.int8), "masks": masks.half()}
-
-
 def noised(alphas: Tensor, latents: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """The noisy latents and the velocity to predict; alphas: (n,) cumulative products."""
     alpha, sigma = alphas.sqrt()[:, None, None, None], (1 - alphas).sqrt()[:, None, None, None]
@@ -150,20 +131,11 @@ class Denoising:
         self.made_by = {"steps": 0, "batch": batch, "scenes": scenes, "seed": seed, "grounding": grounding}
         self.tokenizer, self.scheduler = build_tokenizer(), new_scheduler()
         self.alphas = self.scheduler.alphas_cumprod.to(device)
-        self.data = self._data(scenes, seed, cache)
+        self.data = encoded_scenes(self.vae, self.tokenizer, scenes, seed, cache)
         self.empty = owners(self.tokenizer, [""])[0].to(device)
         torch.manual_seed(seed)
         unet = new_unet(self.vae.config.latent_channels).to(memory_format=torch.channels_last)
         self.network: Any = nn.ModuleDict({"unet": unet, "text": new_text_encoder()}).to(device)
-
-    def _data(self, scenes: int, seed: int, cache: Path) -> dict[str, Tensor]:
-        """Latents, token ids, owners and masks of all training scenes; kept on disk, as drawing takes minutes."""
-        file = cache / f"scenes-{scenes}-{seed}.safetensors"
-        if not file.exists():
-            parts = [encode(self.vae, self.tokenizer, batch) for batch in _batches(scenes, seed)]
-            cache.mkdir(parents=True, exist_ok=True)
-            save_file({key: torch.cat([part[key] for part in parts]) for key in parts[0]}, file)
-        return load_file(file)
 
     def loss(self, step: int, rng: torch.Generator) -> Losses:
         self.made_by["steps"] = step + 1
