@@ -1,6 +1,7 @@
 """glyph-sd: a small Stable Diffusion on the glyph world."""
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from attnctl import attach
+from attnctl.engine.attachment import Attachment
 from attnctl.glyph.scenes import SIDE, Renderer
 from attnctl.glyph.tokenizer import build_tokenizer
 from attnctl.glyph.train.autoencoder import sheet
 from attnctl.glyph.train.encoded import encode, encoded_scenes
-from attnctl.glyph.train.grounding import GRID, MapScore, eager, grounding_loss, map_test, owners
+from attnctl.glyph.train.explicit import Explicit
+from attnctl.glyph.train.grounding import GRID, MapScore, grounding_loss, map_test, owners
 from attnctl.glyph.train.loop import Losses
 from attnctl.glyph.words import CONCEPTS
 from attnctl.loading import ModelError, load_autoencoder
@@ -106,15 +110,16 @@ def map_scores(pipe: StableDiffusionPipeline, scenes: int = 64) -> dict[int, Map
     text = pipe.text_encoder(data["ids"].long().to(pipe.device)).last_hidden_state
     pieces = {i for word in CONCEPTS for i in pipe.tokenizer(word).input_ids[1:-1]}
     nouns = torch.isin(data["ids"].long(), torch.tensor(sorted(pieces)))
-    scores = {}
-    for t in (300, 500, 700):
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(t)).to(pipe.device)
-        times = torch.full((len(latents),), t, device=pipe.device)
-        noisy, _ = noised(pipe.scheduler.alphas_cumprod.to(pipe.device)[times], latents, noise)
-        with eager(pipe.unet) as attention:
-            pipe.unet(noisy, times, text)
-        maps = [site.cpu() for site in attention.maps[GRID]]
-        scores[t] = map_test(maps, data["owner"].long(), nouns, data["masks"].float())
+    scores, explicit = {}, Explicit()
+    with attach(pipe, explicit) as attached:
+        for t in (300, 500, 700):
+            noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(t)).to(pipe.device)
+            times = torch.full((len(latents),), t, device=pipe.device)
+            noisy, _ = noised(pipe.scheduler.alphas_cumprod.to(pipe.device)[times], latents, noise)
+            with attached.batch([scene.caption for scene in drawn]) as block:
+                pipe.unet(noisy, times, text)
+            maps = [site.cpu() for site in block.state(explicit)[GRID]]
+            scores[t] = map_test(maps, data["owner"].long(), nouns, data["masks"].float())
     return scores
 
 
@@ -132,10 +137,17 @@ class Denoising:
         self.tokenizer, self.scheduler = build_tokenizer(), new_scheduler()
         self.alphas = self.scheduler.alphas_cumprod.to(device)
         self.data = encoded_scenes(self.vae, self.tokenizer, scenes, seed, cache)
+        self.captions = self.tokenizer.batch_decode(self.data["ids"].long(), skip_special_tokens=True)
         self.empty = owners(self.tokenizer, [""])[0].to(device)
         torch.manual_seed(seed)
         unet = new_unet(self.vae.config.latent_channels).to(memory_format=torch.channels_last)
         self.network: Any = nn.ModuleDict({"unet": unet, "text": new_text_encoder()}).to(device)
+        self.explicit = Explicit()
+
+    @cached_property
+    def attached(self) -> Attachment:
+        """Attached at the first loss, when the loop has copied the network for its average."""
+        return attach(self.pipeline(self.network), self.explicit)
 
     def loss(self, step: int, rng: torch.Generator) -> Losses:
         self.made_by["steps"] = step + 1
@@ -149,7 +161,8 @@ class Denoising:
         ids = torch.where(dropped[:, None], self.empty, rows["ids"].long())
         owner = rows["owner"].long().masked_fill(dropped[:, None], -1)
         noisy, velocity = noised(self.alphas[t], rows["latents"].float(), noise)
-        with eager(self.network["unet"]) as attention:
+        captions = [self.captions[k] for k in which.tolist()]
+        with self.attached.batch(captions) as block:
             text = self.network["text"](ids).last_hidden_state
             got = self.network["unet"](noisy.contiguous(memory_format=torch.channels_last), t, text).sample
         snr = self.alphas[t] / (1 - self.alphas[t])
@@ -158,7 +171,7 @@ class Denoising:
         if self.grounding:
             # Where hardly anything is left of the scene, nobody can know where a thing is.
             certainty = self.alphas[t].sqrt()
-            ground = grounding_loss(attention.maps, owner, rows["masks"].float(), certainty)
+            ground = grounding_loss(block.state(self.explicit), owner, rows["masks"].float(), certainty)
             losses["grounding"] = self.grounding * ground
         return losses
 

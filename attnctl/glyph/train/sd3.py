@@ -1,6 +1,7 @@
 """glyph-sd3: a small Stable Diffusion 3 on the glyph world: joint attention, flow matching, two CLIPs, no T5."""
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from attnctl import attach
+from attnctl.engine.attachment import Attachment
 from attnctl.glyph.scenes import Renderer
 from attnctl.glyph.tokenizer import build_tokenizer
 from attnctl.glyph.train.autoencoder import sheet
@@ -154,7 +156,11 @@ class Flow:
         transformer = new_transformer(self.vae.config.latent_channels)
         self.network: Any = nn.ModuleDict({"transformer": transformer, "text": encoders}).to(device)
         self.explicit = Explicit(REPEATS)
-        self.attached = attach(self.pipeline(self.network), self.explicit)
+
+    @cached_property
+    def attached(self) -> Attachment:
+        """Attached at the first loss, when the loop has copied the network for its average."""
+        return attach(self.pipeline(self.network), self.explicit)
 
     def loss(self, step: int, rng: torch.Generator) -> Losses:
         self.made_by["steps"] = step + 1
