@@ -45,9 +45,7 @@ def sample() -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_what_is_trained_is_what_the_stock_pipeline_runs(
-    joint: StableDiffusion3Pipeline, sample: torch.Tensor
-) -> None:
+def test_what_is_trained_is_what_the_stock_pipeline_runs(joint: StableDiffusion3Pipeline, sample: torch.Tensor) -> None:
     """25 text rows with their repeats predict what the pipeline's 77 + 256 rows do."""
     transformer: SD3Transformer2DModel = joint.transformer
     times = torch.tensor([300.0, 800.0])
