@@ -88,7 +88,7 @@ class Composer:
     def _concepts(self, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """(count, 3) concepts without a held-out pair among those that are there, and which are there."""
         weights = torch.tensor([self.weights.get(concept, 1.0) for concept in CONCEPTS])
-        many = torch.multinomial(torch.tensor(self.counts), count, replacement=True, generator=rng) + 1
+        many = torch.multinomial(torch.tensor(self.counts).float(), count, replacement=True, generator=rng) + 1
         there = torch.arange(MOST) < many[:, None]
         pairs = torch.tensor([[is_held_out(a, b) for a in CONCEPTS] for b in CONCEPTS])
         found = torch.multinomial(weights.expand(count, -1), MOST, generator=rng)

@@ -1,7 +1,9 @@
 """Scenes as a denoiser is trained on them: latents, token ids, which thing each word speaks of, and masks."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from transformers import CLIPTokenizer
 
 from attnctl.glyph.scenes import Renderer, Scene
 from attnctl.glyph.train.autoencoder import pixels
+from attnctl.glyph.train.composed import Composer
 from attnctl.glyph.train.grounding import coverage, owners
 
 
@@ -44,3 +47,54 @@ def encoded_scenes(
         cache.mkdir(parents=True, exist_ok=True)
         save_file({key: torch.cat([part[key] for part in parts]) for key in parts[0]}, file)
     return load_file(file)
+
+
+class Source(Protocol):
+    """Where a denoiser's training rows come from."""
+
+    def rows(self, count: int, rng: torch.Generator) -> tuple[dict[str, Tensor], list[str]]:
+        """As `encode` gives them, on the training device, and their captions."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """Rows of scenes that were drawn and encoded beforehand."""
+
+    data: dict[str, Tensor]
+    captions: list[str]
+    device: str
+
+    def rows(self, count: int, rng: torch.Generator) -> tuple[dict[str, Tensor], list[str]]:
+        which = torch.randint(len(self.captions), (count,), generator=rng)
+        rows = {key: value[which].to(self.device) for key, value in self.data.items()}
+        return rows, [self.captions[k] for k in which.tolist()]
+
+
+@dataclass(frozen=True, eq=False)
+class Fresh:
+    """Rows of new scenes at every step, composed and encoded on the training device."""
+
+    composer: Composer
+    vae: AutoencoderKL
+    tokenizer: CLIPTokenizer
+
+    @torch.no_grad()
+    def rows(self, count: int, rng: torch.Generator) -> tuple[dict[str, Tensor], list[str]]:
+        scenes = self.composer.draw(count, rng)
+        with torch.autocast(self.vae.device.type, torch.bfloat16):
+            latents = self.vae.encode(scenes.images).latent_dist.mode() * self.vae.config.scaling_factor
+        ids, owner = owners(self.tokenizer, scenes.captions)
+        device = self.vae.device
+        rows = {"latents": latents, "ids": ids.to(device), "owner": owner.to(device), "masks": scenes.masks}
+        return rows, scenes.captions
+
+
+def source(
+    vae: AutoencoderKL, tokenizer: CLIPTokenizer, scenes: int, seed: int, cache: Path, composer: Composer | None
+) -> Source:
+    """Fresh scenes where there is a composer, else `scenes` of them, drawn once."""
+    if composer is not None:
+        return Fresh(composer, vae, tokenizer)
+    data = encoded_scenes(vae, tokenizer, scenes, seed, cache)
+    captions = tokenizer.batch_decode(data["ids"].long(), skip_special_tokens=True)
+    return Stored(data, captions, str(vae.device))

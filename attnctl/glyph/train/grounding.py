@@ -20,11 +20,13 @@ GRID = 16
 def owners(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Token ids, (n, 77), and for each token the index of the thing it speaks of, (n, 77); -1 for all other tokens."""
     ids = tokenizer(list(captions), padding="max_length", max_length=77, return_tensors="pt").input_ids
-    owner = torch.full_like(ids, -1)
+    owner, lengths = torch.full_like(ids, -1), dict[str, int]()
     for row, caption in enumerate(captions):
         at, thing = 1, 0  # behind the start token
         for word in caption.replace(",", " ,").split():
-            pieces = len(tokenizer(word).input_ids) - 2
+            if word not in lengths:
+                lengths[word] = len(tokenizer(word).input_ids) - 2
+            pieces = lengths[word]
             if word in COLOURS or word in CONCEPTS:
                 owner[row, at : at + pieces] = thing
                 thing += word in CONCEPTS

@@ -17,7 +17,8 @@ from attnctl.engine.attachment import Attachment
 from attnctl.glyph.scenes import SIDE, Renderer
 from attnctl.glyph.tokenizer import build_tokenizer
 from attnctl.glyph.train.autoencoder import sheet
-from attnctl.glyph.train.encoded import encode, encoded_scenes
+from attnctl.glyph.train.composed import Composer
+from attnctl.glyph.train.encoded import encode, source
 from attnctl.glyph.train.explicit import Explicit
 from attnctl.glyph.train.grounding import GRID, MapScore, grounding_loss, map_test, owners
 from attnctl.glyph.train.loop import Losses
@@ -127,7 +128,15 @@ class Denoising:
     """v-prediction with min-SNR weights (gamma 5), captions dropped in one row of ten, and a grounding loss."""
 
     def __init__(
-        self, vae: Path, scenes: int, seed: int, device: str, cache: Path, grounding: float = 0.05, batch: int = BATCH
+        self,
+        vae: Path,
+        scenes: int,
+        seed: int,
+        device: str,
+        cache: Path,
+        grounding: float = 0.05,
+        batch: int = BATCH,
+        composer: Composer | None = None,
     ) -> None:
         self.vae: AutoencoderKL = load_autoencoder(vae).to(device).eval().requires_grad_(False)
         if (cells := SIDE // 2 ** (len(self.vae.config.block_out_channels) - 1)) != GRID:
@@ -136,8 +145,7 @@ class Denoising:
         self.made_by = {"steps": 0, "batch": batch, "scenes": scenes, "seed": seed, "grounding": grounding}
         self.tokenizer, self.scheduler = build_tokenizer(), new_scheduler()
         self.alphas = self.scheduler.alphas_cumprod.to(device)
-        self.data = encoded_scenes(self.vae, self.tokenizer, scenes, seed, cache)
-        self.captions = self.tokenizer.batch_decode(self.data["ids"].long(), skip_special_tokens=True)
+        self.source = source(self.vae, self.tokenizer, scenes, seed, cache, composer)
         self.empty = owners(self.tokenizer, [""])[0].to(device)
         torch.manual_seed(seed)
         unet = new_unet(self.vae.config.latent_channels).to(memory_format=torch.channels_last)
@@ -151,8 +159,7 @@ class Denoising:
 
     def loss(self, step: int, rng: torch.Generator) -> Losses:
         self.made_by["steps"] = step + 1
-        which = torch.randint(len(self.data["ids"]), (self.batch,), generator=rng)
-        rows = {key: value[which].to(self.device) for key, value in self.data.items()}
+        rows, captions = self.source.rows(self.batch, rng)
         # Evenly spread over the noise levels, which makes the loss of a batch less noisy.
         spread = (torch.arange(self.batch) + torch.rand(self.batch, generator=rng)) / self.batch
         t = (spread * len(self.alphas)).long().to(self.device)
@@ -161,12 +168,11 @@ class Denoising:
         ids = torch.where(dropped[:, None], self.empty, rows["ids"].long())
         owner = rows["owner"].long().masked_fill(dropped[:, None], -1)
         noisy, velocity = noised(self.alphas[t], rows["latents"].float(), noise)
-        captions = [self.captions[k] for k in which.tolist()]
-        with self.attached.batch(captions) as block:
+        with self.attached.batch(captions) as block, torch.autocast(noisy.device.type, torch.bfloat16):
             text = self.network["text"](ids).last_hidden_state
             got = self.network["unet"](noisy.contiguous(memory_format=torch.channels_last), t, text).sample
         snr = self.alphas[t] / (1 - self.alphas[t])
-        squared = F.mse_loss(got, velocity, reduction="none").mean((1, 2, 3))
+        squared = F.mse_loss(got.float(), velocity, reduction="none").mean((1, 2, 3))
         losses = {"velocity": (squared * snr.clamp(max=5) / (snr + 1)).mean()}
         if self.grounding:
             # Where hardly anything is left of the scene, nobody can know where a thing is.

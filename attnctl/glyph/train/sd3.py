@@ -22,7 +22,8 @@ from attnctl.engine.attachment import Attachment
 from attnctl.glyph.scenes import Renderer
 from attnctl.glyph.tokenizer import build_tokenizer
 from attnctl.glyph.train.autoencoder import sheet
-from attnctl.glyph.train.encoded import encode, encoded_scenes
+from attnctl.glyph.train.composed import Composer
+from attnctl.glyph.train.encoded import encode, source
 from attnctl.glyph.train.explicit import Explicit
 from attnctl.glyph.train.grounding import MapScore, grounding_loss, map_test, owners
 from attnctl.glyph.train.loop import Losses
@@ -141,15 +142,22 @@ class Flow:
     """Flow matching, noise minus picture, and a grounding loss; captions are dropped in one row of ten."""
 
     def __init__(
-        self, vae: Path, scenes: int, seed: int, device: str, cache: Path, grounding: float = 0.05, batch: int = BATCH
+        self,
+        vae: Path,
+        scenes: int,
+        seed: int,
+        device: str,
+        cache: Path,
+        grounding: float = 0.05,
+        batch: int = BATCH,
+        composer: Composer | None = None,
     ) -> None:
         self.vae: AutoencoderKL = load_autoencoder(vae).to(device).eval().requires_grad_(False)
         self.vae.register_to_config(shift_factor=0.0)  # the pipeline adds it
         self.device, self.grounding, self.batch = device, grounding, batch
         self.made_by = {"steps": 0, "batch": batch, "scenes": scenes, "seed": seed, "grounding": grounding}
         self.tokenizer = build_tokenizer()
-        self.data = encoded_scenes(self.vae, self.tokenizer, scenes, seed, cache)
-        self.captions = self.tokenizer.batch_decode(self.data["ids"].long(), skip_special_tokens=True)
+        self.source = source(self.vae, self.tokenizer, scenes, seed, cache, composer)
         self.empty = owners(self.tokenizer, [""])[0].to(device)
         torch.manual_seed(seed)
         encoders = nn.ModuleList([new_text_encoder(width) for width in WIDTHS])
@@ -164,8 +172,7 @@ class Flow:
 
     def loss(self, step: int, rng: torch.Generator) -> Losses:
         self.made_by["steps"] = step + 1
-        which = torch.randint(len(self.data["ids"]), (self.batch,), generator=rng)
-        rows = {key: value[which].to(self.device) for key, value in self.data.items()}
+        rows, captions = self.source.rows(self.batch, rng)
         part = noise_levels(self.batch, rng).to(self.device)
         latents = rows["latents"].float()
         noise = torch.randn(latents.shape, generator=rng).to(self.device)
@@ -175,7 +182,6 @@ class Flow:
         text = text_rows(self.network["text"], ids)
         pooled = text.new_zeros(self.batch, 16)
         noisy = torch.lerp(latents, noise, part[:, None, None, None])
-        captions = [self.captions[k] for k in which.tolist()]
         with (
             self.attached.batch(captions, max_sequence_length=1) as block,
             torch.autocast(torch.device(self.device).type, torch.bfloat16),
