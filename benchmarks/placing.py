@@ -118,10 +118,11 @@ def judged(prompt: Prompt, boxes: Sequence[Box], reading: judge.Reading) -> dict
 class Drawn:
     """Draws a prompt with its boxes under one condition, and keeps what was judged and how long it took."""
 
-    def __init__(self, pipe: Any, steps: int) -> None:
-        self.pipe, self.steps, self.eye = pipe, steps, judge.load()
-        self.guidance = float(USUAL["glyph-sd"]["guidance"])
-        self.found: dict[str, list[dict[str, Any]]] = {name: [] for name in (*CONDITIONS, MIXING)}
+    def __init__(self, pipe: Any, steps: int, guidance: float) -> None:
+        self.pipe, self.steps, self.eye, self.guidance = pipe, steps, judge.load(), guidance
+        mixes = hasattr(pipe, "unet")  # mixing latents is written for UNets
+        names = (*CONDITIONS, MIXING) if mixes else tuple(CONDITIONS)
+        self.found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         self.seconds = dict.fromkeys(self.found, 0.0)
 
     def draw(self, prompt: Prompt, boxes: Sequence[Box], seeds: Sequence[int], name: str) -> list[dict[str, Any]]:
@@ -151,18 +152,19 @@ def main(
     steps: Annotated[int, typer.Option(min=1)] = 20,
     threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
     things: Annotated[int, typer.Option(help="Of a prompt: 2 or 4.")] = 2,
+    model: Annotated[str, typer.Option(help="Embedded name or pipeline folder.")] = "glyph-sd",
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("out/regions"),
 ) -> None:
     if things not in (2, 4):
         raise typer.BadParameter("--things is 2 or 4")
     command.check_writable(out)
     torch.set_num_threads(threads)
-    pipe, console = attnctl.load("glyph-sd"), Console()
+    pipe, console = attnctl.load(model), Console()
     pipe.set_progress_bar_config(disable=True)
     texts = benchmark() if things == 2 else fours()
     half = cases.half(texts, cases.Half.report) if things == 2 else list(range(len(texts)))
     chosen: Sequence[int] = [half[(2 * i + 1) * len(half) // (2 * prompts)] for i in range(min(prompts, len(half)))]
-    drawn = Drawn(pipe, steps)
+    drawn = Drawn(pipe, steps, float(USUAL.get(model, {}).get("guidance", 7.5)))
     names = tuple(drawn.found)
     case: dict[str, int] = {}
     with Progress(console=console) as bar:
@@ -194,6 +196,9 @@ def main(
                       "{:+.0f} ({:+.0f} to {:+.0f})".format(*points), f"{cost:.2f}", f"{case[name]} of 8")  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     file = out / ("regions.json" if things == 2 else "regions-4.json")
-    cases.write(file, json.dumps({"prompts": len(chosen), "seeds": seeds, "things": things, "rates": rows}, indent=1))
+    cases.write(
+        file,
+        json.dumps({"model": model, "prompts": len(chosen), "seeds": seeds, "things": things, "rates": rows}, indent=1),
+    )
     Console(width=max(180, console.width)).print(table)
     console.print(f"{file}")
