@@ -3,7 +3,7 @@
     hunter = HeadHunter(pipe, objective, prompts)
     found = hunter.hunt(budget=20_000, log="heads.scores.jsonl")
     found.save("heads.json")
-    with attnctl.attach(pipe, Perturb("heads.json", u=found.u, scale=found.scale)):
+    with attnctl.attach(pipe, Perturb(preset="heads.json")):
         ...
 
 The greedy search of the paper (Ahn et al., NeurIPS 2025, arXiv 2506.10978, algorithm 1) is `method="greedy"`. Ours, the
@@ -31,6 +31,7 @@ from attnctl.errors import ControlError
 from attnctl.pipelines.head_bench import Drawer, LoggedBench, Objective, Progress, opened
 from attnctl.pipelines.head_race import Rank, greedy, race
 from attnctl.processors import Perturb
+from attnctl.processors.perturb_presets import name_of, sample_of
 
 Method = Literal["race", "greedy"]
 
@@ -75,14 +76,15 @@ class Found:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: the content of the file."""
-        first = {name: self.settings[name] for name in ("model", "weights", "scope", "kind", "u", "scale")}
+        names = ("model", "revision", "weights", "sample", "scope", "kind", "u", "scale")
+        first = {name: self.settings[name] for name in names}
         rest = {name: value for name, value in self.settings.items() if name not in first}
         ranks = [one.to_dict() for one in self.ranks]
         known = {"heads": self.heads, "shape": self.shape, **first, "sure": self.sure, "spent": self.spent}
         return known | {"settings": rest, "ranks": ranks}
 
     def save(self, path: str | Path) -> Path:
-        """Write a file that `Perturb("FILE.json")` reads; it appears whole or not at all.
+        """Write a file that `Perturb(preset="FILE.json")` reads; it appears whole or not at all.
 
         Raises:
             ControlError: its name does not end in .json, by which `Perturb` knows files.
@@ -112,7 +114,7 @@ class HeadHunter:
         scope: see `Perturb`.
         call: further arguments of every pipeline call; default: guidance_scale=1, no classifier-free guidance.
         batch: pictures drawn together; each may have other heads.
-        model: its name, for the file.
+        model: its name, for the file; default: what the pipeline tells.
         objective_name: for the file, and to tell logs apart; default: the name of the callable.
 
     Raises:
@@ -159,8 +161,10 @@ class HeadHunter:
         self.drawer = Drawer(pipe, objective, self.prompts, perturb, self.call)
         self.shape = shape_of(available)
         self.settings: dict[str, Any] = {
-            "model": model or str(getattr(pipe, "name_or_path", "")),
+            "model": model or name_of(pipe)[0],
+            "revision": name_of(pipe)[1],
             "weights": _weights(family_of(pipe)[1]),
+            "sample": sample_of(family_of(pipe)[1]),
             "scope": scope,
             "kind": kind,
             "u": u,

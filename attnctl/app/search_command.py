@@ -48,10 +48,10 @@ def heads(
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the processor.")] = None,
 ) -> None:
-    """Find the attention heads whose perturbation helps, and write a file that the control perturb reads.
+    """Find the attention heads whose perturbation helps, and write a preset for the control perturb.
 
     - attnctl search heads --model glyph-sd --budget 20000 --out heads.json
-    - attnctl generate 'a cat' --control 'perturb(heads=heads.json)'
+    - attnctl generate 'a cat' --control 'perturb(preset=heads.json)'
 
     Scores are kept beside the file as they come: a search that was stopped, in whatever way, goes on from there when it
     is started again.
