@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnctl.app.command import DEVICE_HELP, MODEL_HELP, UsageError, check_writable, plain, tell
+from attnctl.app.command import MODEL_HELP, UsageError, check_writable, plain, tell
 
 if TYPE_CHECKING:
     from attnctl.pipelines.head_bench import Progress
@@ -45,7 +45,10 @@ def heads(
     scale: Annotated[float, typer.Option(help="Weight of the difference.")] = 3.0,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0,
     batch: Annotated[int, typer.Option(help="Pictures drawn together.", min=1)] = 16,
-    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", "--devices", help="cpu, cuda, ...; several, as in cuda:0,cuda:1, draw side by side."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the processor.")] = None,
 ) -> None:
     """Find the attention heads whose perturbation helps, and write a preset for the control perturb.
@@ -68,8 +71,9 @@ def heads(
     from attnctl.glyph.objective import Shown, usual_prompts
     from attnctl.pipelines.head_hunter import HeadHunter
 
+    devices = [one.strip() for one in (device or "").split(",")]
     with bars() as bar:
-        pipe = open_model(model, device, "float32", bar, threads)
+        pipe = open_model(model, devices[0] or None, "float32", bar, threads)
         hunter = HeadHunter(
             pipe,
             score or Shown(),
@@ -90,13 +94,25 @@ def heads(
             bar.update(task, completed=now.spent, description=f"{now.stage}{left}")
 
         log = out.with_name(f"{out.stem}.scores.jsonl")
-        found = hunter.hunt(budget, method=method, rounds=rounds, each=each, log=log, progress=show)  # type: ignore[arg-type]
+        many = devices if len(devices) > 1 else ()
+        found = hunter.hunt(
+            budget,
+            method=method,  # type: ignore[arg-type]
+            rounds=rounds,
+            each=each,
+            log=log,
+            devices=many,
+            progress=show,
+        )
         found.save(out)
+        saved = hunter.saved(found.heads)
         with paused(bar):
             for one in found.ranks[:SHOWN]:
                 print(one)
             print(f"heads {plain(found.heads)} (u {found.u:g}, scale {found.scale:g}), {found.spent} forward passes")
-            print(plain(out), flush=True)
+            print(plain(out), plain(out.with_suffix(".png")), sep="\n", flush=True)
+    if saved is not None:
+        tell(str(saved))
     if not found.sure:
         tell("on unseen seeds these heads gain less than two standard errors; a larger budget may tell more")
 
