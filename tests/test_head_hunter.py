@@ -18,7 +18,7 @@ from attnctl.pipelines import HeadHunter
 from attnctl.pipelines.head_bench import Item, LoggedBench, opened
 from attnctl.pipelines.head_grid import HARMS, HELPS, INK, NOTHING, UNSURE, colour_of, head_grid
 from attnctl.pipelines.head_hunter import Found
-from attnctl.pipelines.head_race import UNSEEN, Case, Rank, _most_arms, cases, greedy, race, rank
+from attnctl.pipelines.head_race import UNSEEN, Case, Rank, _most_arms, cases, greedy, race, rank, together
 from attnctl.processors import Perturb
 
 SITES = {str(block): [f"{block}:{head}" for head in range(4)] for block in range(6)}
@@ -167,8 +167,15 @@ def test_a_budget_that_is_too_small_says_what_is_needed(method):
 
 def test_no_search_has_more_sets_in_its_race_than_the_least_budget_is_for():
     assert _most_arms([4]) == 3  # its half, and itself
-    assert _most_arms([4] * 10) == 21  # nine sites stay; five are good, with all heads that stay but one in each other
+    assert _most_arms([4] * 10) == 15  # five to ten sites stay; three are good, with all of their heads
     assert _most_arms([1]) == 2
+
+
+def test_the_best_set_is_tried_with_those_of_other_sites():
+    site_of = {"2": "2", "2:1": "2", "4:0": "4", "4:1": "4", "5": "5"}
+    assert together("2", ["2", "4:0", "2:1", "4:1", "5"], site_of) == ["2 4:0", "2 4:0 5", "4:0 2:1"]
+    assert together("2:1", ["2:1", "2"], site_of) == []
+    assert together("2:1", ["2:1", "4:0"], site_of) == ["2:1 4:0"]
 
 
 def test_cases_differ():
