@@ -222,13 +222,12 @@ class PrimeComposer:
         names = [sha256(one.tobytes() + repr(one.shape).encode() + told.encode()).hexdigest() for one in pictures]
         missing = [n for n, name in enumerate(names) if name not in self.paths and name not in names[:n]]
         made: dict[str, list[Tensor]] = {}
-        if missing:
-            latents = encode(self.pipe, [Image.fromarray(pictures[n]) for n in missing])
-            path = invert(
+        for n in missing:  # one by one: kernels round by the size of a batch, and what is kept must not tell its group
+            latents = encode(self.pipe, [Image.fromarray(pictures[n])])
+            made[names[n]] = invert(
                 self.pipe, latents, plan.size, self.settings.steps, self.settings.solver, self.settings.rounds,
                 **arguments,
             )  # fmt: skip
-            made = {names[n]: [node[i : i + 1] for node in path] for i, n in enumerate(missing)}
         paths = [made[name] if name in made else self.paths[name] for name in names]
         self.paths.update(made)
         while len(self.paths) > KEPT * len(plan.asked):
