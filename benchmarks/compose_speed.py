@@ -33,7 +33,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "ours, from step 0": ("ours", {"start": 0.0}),
     "paper": ("paper", {}),
 }
-FEW = 4
+FEW = 2
 """Steps of the models of true size."""
 
 
