@@ -231,10 +231,11 @@ class PrimeComposer:
         missing = [n for n, name in enumerate(names) if name not in self.paths and name not in names[:n]]
         for n in missing:  # one by one: kernels round by the size of a batch, and what is kept must not tell its group
             latents = encode(self.pipe, [Image.fromarray(pictures[n])])
-            made[names[n]] = invert(
+            path = invert(
                 self.pipe, latents, plan.size, self.settings.steps, self.settings.solver, self.settings.rounds,
                 **arguments,
             )  # fmt: skip
+            made[names[n]] = [node.contiguous() for node in path]  # as on the disk; strides round, too
             if self.cache is not None:
                 self.cache.put(names[n], made[names[n]])
         paths = [made[name] if name in made else self.paths[name] for name in names]

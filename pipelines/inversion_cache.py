@@ -20,12 +20,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+FORM = 1
+"""Part of each name; another number once inversions are made in another way."""
 MOST = 2**30
 """Bytes that the files of a folder take at most, unless somebody says it."""
 
 
 def usual_folder() -> Path:
-    """The user's folder for caches, as the XDG base directory specification has it."""
+    """Where the variable ATTNCTL_CACHE says; else the user's folder for caches (XDG base directory specification)."""
+    if own := os.environ.get("ATTNCTL_CACHE"):
+        return Path(own) / "inversions"
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "attnctl" / "inversions"
 
@@ -43,7 +47,7 @@ class InversionCache:
         self.folder, self.weights, self.most = folder, weights, most
 
     def _file(self, name: str) -> Path:
-        return self.folder / f"{sha256(f'{name} {self.weights}'.encode()).hexdigest()[:40]}.safetensors"
+        return self.folder / f"{sha256(f'{FORM} {name} {self.weights}'.encode()).hexdigest()[:40]}.safetensors"
 
     def get(self, name: str) -> list[Tensor] | None:
         """The inversion of this name, latents at each node on the CPU; None if it is not there, or not whole."""

@@ -300,4 +300,4 @@ def test_each_object_has_its_box():
     made = asked_for(Path("b.png"), [Path("o.png")] * 2, ["0,0,1,1"] * 2, ["alpha", "m.png"], ["a, b", "c"], ("d",))
     one, two = made.compositions("a cat", 3)
     assert (one.mask, Path(two.mask).name, one.words, two.words, two.seed) == (None, "m.png", ("a", "b"), ("c",), 3)
-    assert Path(made.background).is_absolute() and one.others == ("d",)
+    assert Path(made.placed(Path("/x")).background) == Path("/x/b.png") and one.others == ("d",)

@@ -168,10 +168,9 @@ def asked_for(
         mask = masks[n] if masks and masks[n] != "alpha" else None
         meant = phrases(words[n]) if words else None
         objects.append(Object(object=str(thing), box=(left, top, right, bottom), mask=mask, words=meant))
-    asked = Compose(
+    return Compose(
         background=str(background), objects=tuple(objects), others=others, preset=preset, settings=changes or {}
     )
-    return asked.placed(Path.cwd())
 
 
 def settings(given: list[str]) -> dict[str, Any]:

@@ -215,8 +215,9 @@ def composed(
 
 def recipe_for(recipe: Recipe, request: Request) -> Recipe:
     """The recipe of a composition, from that of a drawing of the same prompt."""
-    told = request.asked.model_dump(mode="json", exclude_defaults=True)
-    told["files"] = {name: file_hash(name) for name in request.asked.files}
+    asked = request.asked.placed(Path.cwd())
+    told = asked.model_dump(mode="json", exclude_defaults=True)
+    told["files"] = {name: file_hash(name) for name in asked.files}
     steps, guidance = request.settings.steps, request.settings.guidance
     return replace(recipe, steps=steps, guidance=guidance, sampler=None, compose=told, shows="composed")
 
