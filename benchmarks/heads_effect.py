@@ -3,11 +3,11 @@
     python benchmarks/effect.py heads --truth --minutes 10    brute force, in pieces; say it again until it is done
     python benchmarks/effect.py heads                         the rest of it, the search, and the comparison
 
-Brute force draws with each site of self-attention, then with each head of the two best sites: 48 pictures at a time, one
-of each prompt, until the ranking of the sites, then of the heads, has a reliability of .8 by split halves
-(Spearman-Brown), or at most `--pictures`. The search draws from seeds of its own; what it
-finds is then drawn from the seeds of brute force, which chose nothing in it. A gain is a score minus that of the
-picture from the same prompt and seed without guidance. Results are kept as they come.
+Brute force draws with each site of self-attention, then with each head of the two best sites: 48 pictures at a time,
+one of each prompt, until the ranking of the sites, then of the heads, has a reliability of .8 by split halves
+(Spearman-Brown), or at most `--pictures`. The search draws from seeds of its own; what it finds is then drawn from the
+seeds of brute force, which chose nothing in it. A gain is a score minus that of the picture from the same prompt and
+seed without guidance. Results are kept as they come.
 """
 
 import json
