@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -382,6 +386,37 @@ def test_two_processes_find_what_one_finds(tmp_path):
     two = hunter(tiny.sd1()).hunt(800, log=tmp_path / "two.jsonl", devices=["cpu", "cpu"])
     assert two.to_dict() == one.to_dict()
     assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
+
+
+@pytest.mark.slow  # three processes that import torch
+def test_a_search_that_is_killed_goes_on_to_the_same_result(tmp_path):
+    tiny.sd1().save_pretrained(tmp_path / "model")
+    (tmp_path / "own.py").write_text(
+        "import time\n\ndef red(pictures, prompts):\n    time.sleep(0.2)\n"
+        "    return [float(p.getpixel((0, 0))[0]) for p in pictures]\n"
+    )
+    (tmp_path / "prompts.txt").write_text("cat\ndog\n")
+
+    def start(name, *more):
+        words = ("search", "heads", "--model", "model", "--objective", "own:red", "--prompts", "prompts.txt")
+        words += ("--heads", "0 2", "--steps", "1", "--batch", "8", "--budget", "600", "--out", name, *more)
+        return subprocess.Popen([sys.executable, "-m", "attnctl", *words], cwd=tmp_path, env=environment)
+
+    root = str(Path(__file__).parent.parent)
+    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    assert start("whole.json").wait(600) == 0
+    log, lines = tmp_path / "cut.scores.jsonl", []
+    for number, more in enumerate([(), ("--device", "cpu,cpu")]):  # the second time with its processes
+        process = start("cut.json", *more)
+        while process.poll() is None and len(lines) < 4 * number + 4:
+            time.sleep(0.05)
+            lines = log.read_text().splitlines() if log.exists() else []
+        assert process.poll() is None
+        process.kill()
+        process.wait()
+        assert not (tmp_path / "cut.json").exists()
+    assert start("cut.json").wait(600) == 0
+    assert (tmp_path / "cut.json").read_text() == (tmp_path / "whole.json").read_text()
 
 
 def test_what_cannot_be_sent_to_a_process_is_said(tmp_path):
