@@ -127,11 +127,14 @@ def main(
     truth_only: Annotated[bool, typer.Option("--truth", help="Brute force only.")] = False,
     pictures: Annotated[int, typer.Option(min=48, help="Of each set by brute force, at most.")] = 288,
     minutes: Annotated[float, typer.Option(min=0.1, help="Stop after so many; go on next time.")] = 600.0,
-    part: Annotated[float, typer.Option(min=0.0, max=1.0, help="Budget of the search, of brute force.")] = 0.1,
+    budget: Annotated[int | None, typer.Option(help="Of the search; default: a tenth of brute force.")] = None,
+    found_only: Annotated[bool, typer.Option("--search", help="The search only; needs --budget.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Of a picture.")] = 10,
     threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/heads"),
 ) -> None:
+    if found_only and (truth_only or budget is None):
+        raise command.UsageError("--search stands without --truth, and with --budget")
     command.check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
@@ -156,12 +159,16 @@ def main(
         truth = Truth(hunter, bench, pictures)
         bench.budget = truth.most(sets)
         try:
-            sites, heads = truth.brute_force()
-            spent = bench.spent
+            if not found_only:
+                sites, heads = truth.brute_force()
+                spent = bench.spent
             if not truth_only:
                 line = bar.add_task("search")
-                found = hunter.hunt(int(part * spent), log=out / "search.jsonl", progress=told)
+                found = hunter.hunt(budget or spent // 10, log=out / "search.jsonl", progress=told)
                 found.save(out / "found.json")
+                if found_only:
+                    console.print(*found.ranks[:8], sep="\n")
+                    return
                 truth.measure([found.heads], "what was found")
         except Paused:
             console.print(f"{bench.spent} of about {bench.budget} forward passes are done; say it again to go on")

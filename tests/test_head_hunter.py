@@ -177,7 +177,7 @@ def test_no_search_has_more_sets_in_its_race_than_the_least_budget_is_for():
 
 def test_the_best_set_is_tried_with_those_of_other_sites():
     site_of = {"2": "2", "2:1": "2", "4:0": "4", "4:1": "4", "5": "5"}
-    assert together("2", ["2", "4:0", "2:1", "4:1", "5"], site_of) == ["2 4:0", "2 4:0 5", "4:0 2:1"]
+    assert together("2", ["2", "4:0", "2:1", "4:1", "5"], site_of) == ["2 4:0", "2 4:0 5", "2:1 4:0"]
     assert together("2:1", ["2:1", "2"], site_of) == []
     assert together("2:1", ["2:1", "4:0"], site_of) == ["2:1 4:0"]
 
