@@ -166,6 +166,8 @@ def main(
                 line = bar.add_task("search")
                 found = hunter.hunt(budget or spent // 10, log=out / "search.jsonl", progress=told)
                 found.save(out / "found.json")
+                if (saved := hunter.saved(found.heads)) is not None:
+                    console.print(saved)
                 if found_only:
                     console.print(*found.ranks[:8], sep="\n")
                     return
