@@ -119,7 +119,8 @@ def test_what_is_wrong_is_one_line_with_its_place(write, pictures, change, said)
 
 def test_other_ways_to_write_them(write, pictures):
     yaml = "prompt: a cat and a red dog\ncompose:\n  background: ground.png\n  others: [cat]\n  objects:\n"
-    yaml += "  - {object: disk.png, box: [0, 0, 0.4, 1], words: red}\n  - {object: disk.png, box: [24, 0, 48, 32], words: dog}\n"
+    yaml += "  - {object: disk.png, box: [0, 0, 0.4, 1], words: red}\n"
+    yaml += "  - {object: disk.png, box: [24, 0, 48, 32], words: dog}\n"
     ((job, _),) = job_files.read_jobs(write("jobs.yaml", yaml))
     assert [one.words for one in job.compose.objects] == [("red",), ("dog",)]
     cell = json.dumps(COMPOSE).replace('"', '""')
