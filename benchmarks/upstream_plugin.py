@@ -85,7 +85,8 @@ def attached(original: Callable[..., Any], make: Callable[[], Control]) -> Calla
 
 def pipelines(kind: type = DiffusionPipeline) -> Iterator[type]:
     """All kinds of pipelines that have been imported."""
-    for one in kind.__subclasses__():
+    subclasses: list[type] = kind.__subclasses__()
+    for one in subclasses:
         yield one
         yield from pipelines(one)
 
@@ -97,11 +98,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    make = WAYS[os.environ["ATTNCTL_WAY"]]
-    for kind in pipelines() if make is not None else ():
+    if (make := WAYS[os.environ["ATTNCTL_WAY"]]) is None:
+        return
+    for kind in pipelines():
         original = vars(kind).get("__call__")
         if original is not None and not hasattr(original, "controlled"):
-            kind.__call__ = attached(original, make)  # type: ignore[operator, arg-type]
+            setattr(kind, "__call__", attached(original, make))  # noqa: B010
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

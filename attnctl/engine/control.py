@@ -131,9 +131,10 @@ class _Checked(type):
         """How it is called: else `inspect` would show the arguments of `__call__` above."""
         if (told := vars(cls).get("_told")) is not None:
             return told
-        if cls.__init__ is object.__init__:  # type: ignore[misc]
+        made = vars(next(base for base in cls.__mro__ if "__init__" in vars(base)))["__init__"]
+        if made is object.__init__:
             return inspect.Signature()
-        own = inspect.signature(cls.__init__)
+        own = inspect.signature(made)
         return own.replace(parameters=[*own.parameters.values()][1:])
 
     @__signature__.setter

@@ -214,10 +214,9 @@ class Interception:
                 f"{who} drew without calling encode_prompt, so its rows cannot be told apart"
             )
         given = next((a.prompt for a in target.attachments if a.prompt is not None), None)
-        words = self.words[0] if self.words else None  # the second, if any, is FLUX's negative prompt
         self.solved = 0
         self.installed.reseat()
-        run = calls.start_run(target.family, target.pipe, target.model, arguments, words, given)
+        run = calls.start_run(target.family, target.pipe, target.model, arguments, self.words or [], given)
         return replace(run, **calls.cropped(target.pipe, self.asked, run.picture))
 
     def _close(self, step: Step, output: Any) -> Any:

@@ -15,6 +15,8 @@ from attnctl.errors import ControlError, PhraseError, name_of, short
 
 Texts = dict[str, list[str]]  # encode_prompt argument -> one text per image
 
+NO_WORDS = "the pipeline was given embeddings, not words; say what they mean: attach(..., prompt=...)"
+
 
 class Begins(Protocol):
     """What a run asks of a control."""
@@ -46,6 +48,7 @@ class Run:
     latent_size: tuple[int, int]
     steps: int
     texts: Texts
+    negatives: Texts = field(default_factory=dict)  # the same of the negative prompt; empty where there is none
     max_sequence_length: int | None = None
     text_rows: int | None = None  # length of the text sequence at the first denoiser call
     calls: int = 0
@@ -76,9 +79,7 @@ class Run:
             PhraseError: the pipeline was given embeddings and nobody said what they mean.
         """
         if "prompt" not in self.texts:
-            raise PhraseError(
-                "the pipeline was given embeddings, not words; say what they mean: attach(..., prompt=...)"
-            )
+            raise PhraseError(NO_WORDS)
         return self.texts["prompt"]
 
     @property
