@@ -254,6 +254,7 @@ def test_phrases_of_a_negative_prompt_that_is_not_there(pipes):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
+@torch.no_grad()
 def test_maps_of_embeddings_whose_words_nobody_told(pipes, family, monkeypatch):
     """The picture is drawn, with a warning and no maps; phrases that were named are an error."""
     pipe = pipes[family]
