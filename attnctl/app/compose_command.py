@@ -240,12 +240,11 @@ def told(made: "Composed") -> list[str]:
 
 def save(turns: "list[Composed]", several: "list[Composition]", out: Path, recipe: "Recipe", full: bool) -> list[Path]:
     """Write the picture, the sheet and the report; returns their paths."""
+    from attnctl.app.composing import sheet
     from attnctl.app.recipe import save
-    from attnctl.sheets import grid
 
     made, first = turns[-1], several[0]
     stem = f"{slug(recipe.prompt)}-{recipe.seed}-{recipe.digest()}"
-    rows = [(("background", one.background), ("pasted", one.pasted), ("composed", one.picture)) for one in turns]
     report: dict[str, Any] = {"prompt": recipe.prompt, "seed": recipe.seed, "steps": recipe.steps}
     report |= {"guidance": recipe.guidance, "compose": recipe.compose, "objects": [one.to_dict() for one in turns]}
     names = ("report.json", "sheet.png", "composed.png", *(["full.png"] * full))
@@ -253,7 +252,7 @@ def save(turns: "list[Composed]", several: "list[Composition]", out: Path, recip
     try:
         out.mkdir(parents=True, exist_ok=True)
         paths[0].write_text(json.dumps(report, indent=1), encoding="utf-8")
-        grid(rows).save(paths[1])
+        sheet(turns).save(paths[1])
         save(made.picture, paths[2], recipe)
         if full:
             whole: Any = first.background

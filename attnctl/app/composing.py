@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from attnctl.errors import ControlError
+from attnctl.sheets import grid
 
 if TYPE_CHECKING:
+    from PIL import Image
     from rich.progress import Progress
 
     from attnctl.app.recipe import Recipe
@@ -48,10 +50,18 @@ class Object(BaseModel):
         return value
 
 
+def _either(schema: dict[str, Any]) -> None:
+    """In the JSON schema: objects, or the fields of a single one."""
+    alone = Object.model_json_schema()["properties"]
+    schema["properties"] |= {name: {"type": "array", "items": {"type": "string"}} for name in ("words",)} | alone
+    schema["required"] = ["background"]
+    schema["oneOf"] = [{"required": ["objects"]}, {"required": ["object", "box"]}]
+
+
 class Compose(BaseModel):
     """What goes into which picture."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=_either)
 
     background: str = Field(description="File of the picture.")
     objects: tuple[Object, ...] = Field(min_length=1, description="They go in one after the other.")
@@ -211,6 +221,11 @@ def composed(
     size = (recipe.width, recipe.height) if recipe.width and recipe.height else None
     with steps_shown(pipe, bar, "composing"):
         return composer.in_turn(request.several, measure=measure, size=size, controls=controls, **more)
+
+
+def sheet(turns: Sequence[Composed]) -> Image.Image:
+    """A row for each turn: background, pasted pixels, what was made."""
+    return grid([[("background", one.background), ("pasted", one.pasted), ("composed", one.picture)] for one in turns])
 
 
 def recipe_for(recipe: Recipe, request: Request) -> Recipe:
