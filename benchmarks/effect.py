@@ -159,6 +159,10 @@ def run() -> NoReturn:
         import perturb_effect
 
         command.run(perturb_effect.app, "effect perturb", sys.argv[2:])
+    if sys.argv[1:2] == ["heads"]:
+        import heads_effect
+
+        command.run(heads_effect.app, "effect heads", sys.argv[2:])
     if sys.argv[1:2] == ["personalize"]:
         import personalize_effect
 

@@ -111,7 +111,8 @@ def watched(run: Callable[[], None], around: AbstractContextManager[Any]) -> Sam
     """Time of one run, and the peak of the resident set beyond what it was."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    page, before, highest, done = os.sysconf("SC_PAGE_SIZE"), _pages(), 0, threading.Event()
+    page, before, done = os.sysconf("SC_PAGE_SIZE"), _pages(), threading.Event()
+    highest = before  # of a run that is over before anybody looks
 
     def look() -> None:
         nonlocal highest

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from attnctl.app import cli
 from attnctl.app.command import UsageError
-from attnctl.app.compose_command import compositions, numbers, settings, size_of
+from attnctl.app.compose_command import asked_for, numbers, settings, size_of
 from attnctl.errors import ControlError, PhraseError
 from attnctl.glyph.scenes import Renderer
 from attnctl.pipelines import Composition, PrimeComposer, compose
@@ -154,10 +154,12 @@ def test_the_command_line_composes(tmp_path, capsys, monkeypatch):
     assert end.value.code == 0
     said = capsys.readouterr()
     assert "an object is 'apple'" in said.err and "latents are off by" in said.out and "MiB" in said.out
-    assert Image.open("made/a-cat-and-an-apple-0-composed.png").size == (64, 64)
-    report = json.loads((tmp_path / "made/a-cat-and-an-apple-0-report.json").read_text())
-    (only,) = report["objects"]
-    assert only["words"] == ["apple"] and only["others"] == ["cat"] and report["settings"] == {"steps": 2}
+    (made,) = (tmp_path / "made").glob("a-cat-and-an-apple-0-*-composed.png")
+    assert Image.open(made).size == (64, 64)
+    (report,) = (tmp_path / "made").glob("*-report.json")
+    told = json.loads(report.read_text())
+    (only,) = told["objects"]
+    assert only["words"] == ["apple"] and only["others"] == ["cat"] and told["steps"] == 2
 
 
 @pytest.mark.parametrize(
@@ -292,10 +294,10 @@ def test_objects_go_in_one_after_the_other():
 
 def test_each_object_has_its_box():
     with pytest.raises(UsageError, match="--box is given 1 times for 2 objects"):
-        compositions(Path("b.png"), "a cat", [Path("o.png")] * 2, ["0,0,1,1"], [], [], None, 0)
+        asked_for(Path("b.png"), [Path("o.png")] * 2, ["0,0,1,1"], [], [], None)
     with pytest.raises(UsageError, match="--mask is given 1 times for 2 objects"):
-        compositions(Path("b.png"), "a cat", [Path("o.png")] * 2, ["0,0,1,1"] * 2, ["m.png"], [], None, 0)
-    one, two = compositions(
-        Path("b.png"), "a cat", [Path("o.png")] * 2, ["0,0,1,1"] * 2, ["alpha", "m.png"], ["a, b", "c"], ("d",), 3
-    )
-    assert (one.mask, two.mask, one.words, two.words, two.seed) == (None, "m.png", ("a", "b"), ("c",), 3)
+        asked_for(Path("b.png"), [Path("o.png")] * 2, ["0,0,1,1"] * 2, ["m.png"], [], None)
+    made = asked_for(Path("b.png"), [Path("o.png")] * 2, ["0,0,1,1"] * 2, ["alpha", "m.png"], ["a, b", "c"], ("d",))
+    one, two = made.compositions("a cat", 3)
+    assert (one.mask, Path(two.mask).name, one.words, two.words, two.seed) == (None, "m.png", ("a", "b"), ("c",), 3)
+    assert Path(made.placed(Path("/x")).background) == Path("/x/b.png") and one.others == ("d",)
