@@ -3,8 +3,7 @@
     python benchmarks/effect.py personalize --pictures 1 --arms plain --arms both --seeds 1
 
 Each picture shows two emoji that are no part of the glyph world, one of the kind of each noun. Every arm trains with
-the same steps and chances. Rates are means over pictures, training seeds and drawings; seconds are
-the processor's own:
+the same steps and chances. Rates are means over pictures, training seeds and drawings; seconds are the processor's own:
 
 own     how much of its own thing a word draws alone: R^2 of the best placed template, 0 to 1
 both    the same for both things, where one prompt names both words
@@ -59,16 +58,16 @@ PAIRS = (  # (emoji, noun, the noun's own emoji) twice
 )
 BASE = PRESETS["ours"]
 WHOLE = replace(BASE, masks="none", subsets="all", zoom=False, counted="view")  # every view has both things
-OFF = {"bind": 0.0, "separate": 0.0}
+PLAIN = replace(WHOLE, bind=0.0, separate=0.0)
 ARMS: dict[str, Settings] = {
-    "textual inversion": replace(WHOLE, kv_rate=0.0, **OFF),
-    "unkept": replace(WHOLE, keep=0.0, **OFF),  # Custom Diffusion: keys and values, and words
-    "plain": replace(WHOLE, **OFF),  # the same, and other words and the padding are held: so in all arms below
+    "textual inversion": replace(PLAIN, kv_rate=0.0),
+    "unkept": replace(PLAIN, keep=0.0),  # Custom Diffusion: keys and values, and words
+    "plain": PLAIN,  # the same, and other words and the padding are held: so in all arms below
     "binding": replace(WHOLE, separate=0.0),
     "separate": replace(WHOLE, bind=0.0),
     "no suppression": replace(WHOLE, power=1),
     "disendiff": WHOLE,
-    "masks": replace(BASE, **OFF),
+    "masks": replace(BASE, bind=0.0, separate=0.0),
     "both": BASE,
 }
 BOWL = Prompt("a red bowl", "objects", (("bowl", "red"),))

@@ -5,8 +5,8 @@ word that was learnt, or any adjective, looks where its noun looks; nouns look a
 
     sum over bonds of bind * (1 - IoU(c, m))  +  sum over pairs of nouns of separate * IoU(c, c')
 
-with m, c and IoU as in `calibration`, but the gradient also flows through the nouns' maps in the first sum: latents move
-all maps at once, and along half of a gradient the loss goes up.
+with m, c and IoU as in `calibration`, but the gradient also flows through the nouns' maps in the first sum: latents
+move all maps at once, and along half of a gradient the loss goes up.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Calibrates(Loss):
 
     def parts(self, view: View) -> tuple[Tensor, Tensor]:
         words, nouns, present = (x[view.images].to(view.tokens.device) for x in (self.words, self.nouns, self.present))
-        maps = [torch.einsum("ithw,ibt->ibhw", view.tokens, own.to(view.tokens)) for own in (words, nouns)]
-        read = self.settings.read(*maps, present)
+        looks, seen = (torch.einsum("ithw,ibt->ibhw", view.tokens, own.to(view.tokens)) for own in (words, nouns))
+        read = self.settings.read(looks, seen, present)
         both = [present[:, one] & present[:, other] for one, other in self.pairs]
         counts = torch.stack([*present.unbind(1), *both], 1)
         return torch.cat([read.binding, read.apart], 1).to(view.tokens), counts
