@@ -22,13 +22,12 @@ from attnctl.pipelines.personalize.concepts import text_encoders, text_of
 
 
 @torch.no_grad()
-def covariance(pipe: Any, captions: Sequence[str], nouns: Sequence[str], size: tuple[int, int]) -> Tensor:
-    """(width, width): mean of x x^T over text states; words and padding weigh the same, the nouns are left out.
+def covariance(pipe: Any, captions: Sequence[str], size: tuple[int, int]) -> Tensor:
+    """(width, width): mean of x x^T over text states; words and padding weigh the same.
 
     Args:
         pipe: before it is trained.
         captions: without new words.
-        nouns: those that are learnt: what is made of them may change.
         size: (height, width) of pictures in pixels.
     """
     encoders = text_encoders(pipe)
@@ -37,11 +36,9 @@ def covariance(pipe: Any, captions: Sequence[str], nouns: Sequence[str], size: t
     states = text_of(encoders, captions, size)["encoder_hidden_states"].float()  # (captions, tokens, width)
     length = states.shape[1]
     ids = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-    own = torch.tensor(sorted({one for noun in nouns for one in tokenizer(noun, add_special_tokens=False).input_ids}))
     ends = (ids == tokenizer.eos_token_id).int().argmax(1, keepdim=True)
     padding = torch.arange(length) > ends  # (captions, tokens)
-    words = ~padding & ~torch.isin(ids, own)
-    parts = [states[kind.to(states.device)] for kind in (words, padding)]
+    parts = [states[kind.to(states.device)] for kind in (~padding, padding)]
     return torch.stack([x.T @ x / len(x) for x in parts if len(x)]).mean(0)
 
 

@@ -42,13 +42,15 @@ class Settings:
         keep: weight of the loss that holds keys and values of all other words and of the padding as they are, see
             `attnctl.pipelines.personalize.keeping` (ours).
         kv_rate, word_rate: learning rates of keys and values, and of the new words.
+        ease: both rates fall in a straight line to a twentieth at the last step; False: they stay.
         decay: weight decay of keys and values; the words have none.
         trained: "full" tunes the key and value projections of cross-attention themselves, "lora" adapters on them.
         rank: of the adapters; None is 16 for "lora", and for "full" whatever keeps the files exact.
         start: the new words begin as their "noun", or as "rare" pieces of the vocabulary.
         bind, separate, power, smooth, detach, pairs: see `attnctl.processors.calibration.Calibration`.
         factor: latent cells per cell of the maps that are calibrated; None is what comes nearest to 16 x 16.
-        snr: min-SNR weight of the denoising loss (5 is usual); None is none.
+        snr: min-SNR weight of the denoising loss (5 is usual); None is none. For models that predict velocity the
+            weight all but silences the noisiest steps, in which colours and shapes are chosen.
         views: "ours" enlarges, shrinks, moves and mirrors the picture, its rim repeated outwards; "paper" is what
             Custom Diffusion does, with grey around small pictures and words about the size; "none" leaves it.
         view_count: how many views are made, of each subset of the things.
@@ -79,6 +81,7 @@ class Settings:
     keep: float = 10.0
     kv_rate: float = 2e-3
     word_rate: float = 1e-2
+    ease: bool = True
     decay: float = 0.01
     trained: Trained = "full"
     rank: int | None = None
@@ -90,7 +93,7 @@ class Settings:
     detach: bool = True
     pairs: Literal["mean", "sum"] = "mean"
     factor: int | None = None
-    snr: float | None = 5.0
+    snr: float | None = None
     views: Views = "ours"
     view_count: int = 48
     others: tuple[str, ...] = THINGS
@@ -121,8 +124,9 @@ class Settings:
                 raise ControlError(f"{name} is one of {', '.join(choices)}; not {getattr(self, name)!r}")
         if self.regular_rows and not self.regular:
             raise ControlError("regular_rows needs regular pictures; set regular as well, or regular_rows to 0")
-        if not isinstance(self.zoom, bool):
-            raise ControlError(f"zoom is True or False, not {self.zoom!r}")
+        for name in ("zoom", "ease"):
+            if not isinstance(getattr(self, name), bool):
+                raise ControlError(f"{name} is True or False, not {getattr(self, name)!r}")
         others = self.others.split(",") if isinstance(self.others, str) else self.others
         object.__setattr__(self, "others", tuple(" ".join(str(one).split()) for one in others if str(one).strip()))
         self.calibration  # noqa: B018  # checks its own
@@ -145,7 +149,7 @@ class Settings:
 PAPER = Settings(
     steps=250, rows=4, regular_rows=4, regular=200, kv_rate=8e-5, word_rate=8e-5, start="rare",
     bind=0.01, separate=0.01, snr=None, views="paper", view_count=200, lead="photo of a ", article="", seed=1,
-    keep=0.0, others=(), masks="none", subsets="all", zoom=False, counted="view",
+    ease=False, keep=0.0, others=(), masks="none", subsets="all", zoom=False, counted="view",
 )  # fmt: skip
 """DisenDiff's settings (specification of the paper and its code): effective batch 8, half of it regular pictures."""
 

@@ -25,6 +25,7 @@ from attnctl.processors.attencraft import guidance
 from attnctl.processors.calibration import Calibrated
 
 ATTENTION_GRID = 16  # cells along one side: where the papers read maps
+EASED = 0.05  # of the rates is left at the last step
 REMEMBERED = 0.9  # of the running mean of a loss, at each view
 
 
@@ -153,6 +154,7 @@ class Trainer:
                 if self.spread is not None:
                     drift = kept(self.changes(), self.before, self.spread)
                     loss, losses["keep"] = loss + settings.keep * drift, drift.item()
+                self._ease()
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 self.optimizer.step()
@@ -162,6 +164,13 @@ class Trainer:
                     watch(Progress(self.step, settings.steps, losses, tuple(coverage)))
         for encoder in self.encoders.all:
             encoder.write()
+
+    def _ease(self) -> None:
+        """Set the rates of this step."""
+        settings = self.settings
+        share = 1 - (1 - EASED) * self.step / max(settings.steps - 1, 1) if settings.ease else 1.0
+        for group, rate in zip(self.optimizer.param_groups, (settings.word_rate, settings.kv_rate), strict=True):
+            group["lr"] = rate * share
 
     def changes(self) -> dict[str, Tensor]:
         """name -> change of each weight of keys and values, with its gradient."""
@@ -175,8 +184,9 @@ class Trainer:
 
     def _spread(self, regular: Examples | None, size: tuple[int, int]) -> Tensor:
         """See `covariance`; of the captions of regular pictures and of the things beside the nouns."""
-        captions = [*(regular.captions if regular else ()), *(f"a {one}" for one in self.settings.others)]
-        return covariance(self.pipe, captions, [one.noun for one in self.concepts], size)
+        nouns = [one.noun for one in self.concepts]
+        captions = [*(regular.captions if regular else ()), *(f"a {one}" for one in (*nouns, *self.settings.others))]
+        return covariance(self.pipe, captions, size)
 
     def _rows(self, views: Examples, regular: Examples | None) -> Rows:
         """What one step trains on; views come first."""
