@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from guided import watched
+from clock import placed, synchronise, watched
 from models import MODELS, build
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -48,34 +48,43 @@ def asked(side: int) -> Composition:
     )  # fmt: skip
 
 
-def measure(name: str, bar: Progress) -> dict[str, Any]:
+def measure(name: str, bar: Progress, device: str = "cpu") -> dict[str, Any]:
     """The plain run and each setting, once."""
     steps = MODELS[name][2] if name == "glyph-sd" else FEW
     run, side = build(name, steps), MODELS[name][1]
-    pipe = run.pipe  # type: ignore[attr-defined]
+    pipe = placed(run.pipe, device)  # type: ignore[attr-defined]
     line = bar.add_task(f"compose: {name}", total=3 + len(SETTINGS))
-    plain = watched(torch.no_grad()(run), nullcontext())
+    plain = watched(torch.no_grad()(run), nullcontext(), device)
     bar.advance(line)
     rows: dict[str, Any] = {}
     base = PrimeComposer(pipe, steps=steps)
     begun = time.perf_counter()
     *_, calls = base.inverted(base.plan([asked(side)], (side, side)))
+    synchronise(device)
     rows["two inversions"] = {"passes": calls, "time": time.perf_counter() - begun}
     bar.advance(line)
     for setting, (preset, changes) in SETTINGS.items():
         composer = PrimeComposer(pipe, preset, **{"steps": steps} | changes)
         composer.paths = base.paths
         made: list[Any] = []
-        sample = watched(lambda: made.extend(composer.batch([asked(side)], size=(side, side))), nullcontext())  # noqa: B023
+        sample = watched(lambda: made.extend(composer.batch([asked(side)], size=(side, side))), nullcontext(), device)  # noqa: B023
         rows[setting] = {"passes": sum(made[0].passes.values()), "time": sample.seconds, "kept": made[0].kept}
         rows[setting]["memory"] = sample.mebibytes
         bar.advance(line)
     sites = [site for site in attnctl.sites(pipe) if site.kind in ("self", "joint")]
     largest = max(sites, key=lambda site: _cells(site, side))
-    one = one_site(largest.heads, _cells(largest, side), SITE[name]) if name in SITE else None
+    one = one_site(largest.heads, _cells(largest, side), SITE[name], device) if name in SITE else None
     bar.advance(line)
     grid = largest.grid(side // 8, side // 8)
-    return {"model": name, "steps": steps, "plain": vars(plain), "rows": rows, "grid": grid, "site": one}
+    return {
+        "model": name,
+        "device": device,
+        "steps": steps,
+        "plain": vars(plain),
+        "rows": rows,
+        "grid": grid,
+        "site": one,
+    }
 
 
 SITE = {"sd15": 40}
@@ -87,10 +96,10 @@ def _cells(site: Any, side: int) -> int:
     return int(height * width)
 
 
-def one_site(heads: int, cells: int, width: int) -> dict[str, dict[str, float]]:
+def one_site(heads: int, cells: int, width: int, device: str = "cpu") -> dict[str, dict[str, float]]:
     """Time and memory of one self-attention of one picture: as it is, infused, and infused by its definition."""
-    q, k, v, q2, k2 = (torch.randn(1, heads, cells, width) for _ in range(5))
-    inside = torch.zeros(cells, dtype=torch.bool)
+    q, k, v, q2, k2 = (torch.randn(1, heads, cells, width, device=device) for _ in range(5))
+    inside = torch.zeros(cells, dtype=torch.bool, device=device)
     inside[: cells // 9] = True
     scale = width**-0.5
 
@@ -106,7 +115,7 @@ def one_site(heads: int, cells: int, width: int) -> dict[str, dict[str, float]]:
     found = {}
     for name, call in runs.items():
         call()
-        found[name] = vars(watched(call, nullcontext()))
+        found[name] = vars(watched(call, nullcontext(), device))
     gap = (runs["infused"]() - definition()).abs().max()
     return found | {"gap": {"largest": float(gap)}}
 
