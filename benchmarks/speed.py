@@ -145,7 +145,7 @@ def main(
             for name in model
             if "personalize" in topics and name in personalize_speed.ROWS
         ]
-        compositions = [compose_speed.measure(name, bar) for name in model if "compose" in topics]
+        compositions = [compose_speed.measure(name, bar, out.parent) for name in model if "compose" in topics]
         perturbation = perturb_speed.measure(repeats, bar) if "perturb" in topics else None
         areas = [m for m in regions_speed.MODELS if m in model] if "regions" in topics else []
         placed = [regions_speed.measure(name, repeats, bar, device) for name in areas]
