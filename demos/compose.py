@@ -73,7 +73,7 @@ def tab(studio: Service) -> None:
                 others = gr.Textbox("", label="Words of the background", info="Empty: all others.", min_width=140)
             with gr.Row():
                 go = gr.Button("Compose", variant="primary", scale=3, elem_id="compose")
-                stop = gr.Button("Cancel", scale=1, min_width=90)
+                stop = gr.Button("Cancel", scale=1, min_width=90, elem_id="compose-stop")
             with gr.Accordion("More", open=False):
                 how = gr.Radio(MASKS, value=MASKS[0], label="The object in its picture")
                 mask = gr.Image(label="Mask: white is the object", **_IMAGE | {"height": 140})

@@ -276,7 +276,7 @@ def test_an_object_goes_into_a_picture(page, tmp_path):
     text(page, "box").fill("0.6,0.35,0.95,0.7")
     page.locator("#compose").click()
     expect(page.locator("#compose-status")).to_contain_text(re.compile(r"step \d+ of \d+"))
-    page.get_by_role("tabpanel", name="Compose").get_by_role("button", name="Cancel").click()
+    page.locator("#compose-stop").click()
     expect(page.locator("#compose-status")).to_contain_text("Stopped")
     page.wait_for_timeout(1000)  # the page first hears that the run is over
     page.locator("#compose").click()
