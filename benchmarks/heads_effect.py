@@ -3,10 +3,11 @@
     python benchmarks/effect.py heads --truth --minutes 10    brute force, in pieces; say it again until it is done
     python benchmarks/effect.py heads                         the rest of it, the search, and the comparison
 
-Brute force draws `--pictures` pictures with each site of self-attention, then with each head of the two best sites. Its
-reliability is that of their ranking, by split halves (Spearman-Brown). The search draws from seeds of its own; what it
-finds is then drawn from the seeds of brute force, which chose nothing in it. A gain is a score minus that of the
-picture from the same prompt and seed without guidance. Results are kept as they come.
+Brute force draws with each site of self-attention, then with each head of the two best sites: 48 pictures at a time,
+one of each prompt, until the ranking of the sites, then of the heads, has a reliability of .8 by split halves
+(Spearman-Brown), or at most `--pictures`. The search draws from seeds of its own; what it finds is then drawn from the
+seeds of brute force, which chose nothing in it. A gain is a score minus that of the picture from the same prompt and
+seed without guidance. Results are kept as they come.
 """
 
 import json
@@ -33,6 +34,7 @@ from attnctl.pipelines.head_race import Floats, cases, rank
 
 SEED = 5_000_000  # of brute force; the search draws from others
 GOOD = 2
+ENOUGH = 0.8  # reliability of a ranking
 
 
 class Paused(Exception):
@@ -70,10 +72,12 @@ class Truth:
         self.gains: dict[str, Floats] = {}
 
     def measure(self, sets: list[str], stage: str) -> None:
-        """Seed by seed, so that a piece of it is balanced."""
+        """A picture of each prompt with each set, again and again, until their ranking can be relied on."""
         prompts = len(self.hunter.prompts)
         for count in range(prompts, self.pictures + 1, prompts):
             values = self.bench.gains(sets, cases(prompts, count, seed=SEED), self.hunter.steps, stage)
+            if len(sets) > 1 and count > prompts and reliability(values) >= ENOUGH:
+                break
         self.gains |= dict(zip(sets, values, strict=True))
 
     def brute_force(self) -> tuple[list[str], list[str]]:
@@ -85,27 +89,28 @@ class Truth:
         self.measure(heads, "heads")
         return sites, heads
 
-    def cost(self, sets: int) -> int:
-        """Forward passes of so many sets, with the pictures without guidance."""
+    def most(self, sets: int) -> int:
+        """Forward passes of so many sets, with the pictures without guidance, if all pictures are needed."""
         one, plain = self.bench.price("all", self.hunter.steps), self.bench.price("", self.hunter.steps)
         return self.pictures * (sets * one + plain)
 
 
 def compare(truth: Truth, found: str, sites: list[str], heads: list[str]) -> dict[str, Any]:
     """What was found against the best set of brute force, every site whole (PAG on one layer), and no guidance."""
-    known = truth.gains
+    known, own = truth.gains, truth.gains[found]
     best = max([*sites, *heads], key=lambda one: known[one].mean())
-    own = known[found]
-    against = {one: interval(own - known[one]) for one in dict.fromkeys([best, *sites])}
+    against = {}
+    for one in dict.fromkeys([best, *sites]):
+        count = min(len(own), len(known[one]))  # the same pictures
+        against[one] = interval(own[:count] - known[one][:count])
     return {"found": found, "best": best, "against none": interval(own), "against": against}
 
 
 def show(truth: Truth, sites: list[str], heads: list[str], console: Console) -> None:
     for name, sets in (("sites", sites), ("heads", heads)):
         gains = np.stack([truth.gains[one] for one in sets])
-        page = Table(
-            title=f"{name}: {truth.pictures} pictures each, reliability {reliability(gains):.2f}", box=SIMPLE_HEAD
-        )
+        title = f"{name}: {gains.shape[1]} pictures each, reliability {reliability(gains):.2f}"
+        page = Table(title=title, box=SIMPLE_HEAD)
         for column in ("set", "gain", "standard error"):
             page.add_column(column)
         for one in sorted(sets, key=lambda one: -truth.gains[one].mean()):
@@ -120,13 +125,16 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command(help=__doc__)
 def main(
     truth_only: Annotated[bool, typer.Option("--truth", help="Brute force only.")] = False,
-    pictures: Annotated[int, typer.Option(min=48, help="Of each set, by brute force; 48 of each seed.")] = 288,
+    pictures: Annotated[int, typer.Option(min=48, help="Of each set by brute force, at most.")] = 288,
     minutes: Annotated[float, typer.Option(min=0.1, help="Stop after so many; go on next time.")] = 600.0,
-    part: Annotated[float, typer.Option(min=0.0, max=1.0, help="Budget of the search, of brute force.")] = 0.1,
+    budget: Annotated[int | None, typer.Option(help="Of the search; default: a tenth of brute force.")] = None,
+    found_only: Annotated[bool, typer.Option("--search", help="The search only; needs --budget.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Of a picture.")] = 10,
     threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/heads"),
 ) -> None:
+    if found_only and (truth_only or budget is None):
+        raise command.UsageError("--search stands without --truth, and with --budget")
     command.check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
@@ -149,14 +157,20 @@ def main(
 
         bench = LoggedBench(hunter.drawer, hunter.prompts, log, 0, hunter.batch, told)
         truth = Truth(hunter, bench, pictures)
-        bench.budget = truth.cost(sets)
+        bench.budget = truth.most(sets)
         try:
-            sites, heads = truth.brute_force()
-            spent = bench.spent
+            if not found_only:
+                sites, heads = truth.brute_force()
+                spent = bench.spent
             if not truth_only:
                 line = bar.add_task("search")
-                found = hunter.hunt(int(part * spent), log=out / "search.jsonl", progress=told)
+                found = hunter.hunt(budget or spent // 10, log=out / "search.jsonl", progress=told)
                 found.save(out / "found.json")
+                if (saved := hunter.saved(found.heads)) is not None:
+                    console.print(saved)
+                if found_only:
+                    console.print(*found.ranks[:8], sep="\n")
+                    return
                 truth.measure([found.heads], "what was found")
         except Paused:
             console.print(f"{bench.spent} of about {bench.budget} forward passes are done; say it again to go on")

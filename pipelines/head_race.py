@@ -181,7 +181,7 @@ def together(first: str, others: Sequence[str], site_of: Mapping[str, str]) -> l
     Args:
         first: the best set.
         others: sets, best first; it may be among them.
-        site_of: the site of each.
+        site_of: the site of each, in the order in which they are written.
     """
     beside: dict[str, str] = {}
     for arm in others:
@@ -190,7 +190,7 @@ def together(first: str, others: Sequence[str], site_of: Mapping[str, str]) -> l
     second = list(beside.values())[:2]
     heads = [arm for arm in others if arm != site_of[arm]][:2]
     sets = [[first, *second[:1]], [first, *second], heads]
-    return list(dict.fromkeys(" ".join(one) for one in sets if len(one) > 1))
+    return list(dict.fromkeys(" ".join(arm for arm in site_of if arm in one) for one in sets if len(one) > 1))
 
 
 def confirm(bench: Bench, sets: Sequence[str], budget: int, steps: int) -> list[Rank]:

@@ -337,7 +337,7 @@ class Perturb(Control):
         if self.rescale_mode == "full" and step.rows.uncond is not None:
             assert step.prediction is not None
             plain = step.prediction[step.rows.uncond].float()
-            base = plain + float(step.run.pipe.guidance_scale) * (strong - plain)
+            base = plain + step.run.guidance_scale * (strong - plain)
         every = tuple(range(1, term.ndim))
         ratio = strong.std(every, keepdim=True) / (base + term).std(every, keepdim=True)
         return term * (self.rescale * ratio + 1 - self.rescale)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -173,7 +177,7 @@ def test_no_search_has_more_sets_in_its_race_than_the_least_budget_is_for():
 
 def test_the_best_set_is_tried_with_those_of_other_sites():
     site_of = {"2": "2", "2:1": "2", "4:0": "4", "4:1": "4", "5": "5"}
-    assert together("2", ["2", "4:0", "2:1", "4:1", "5"], site_of) == ["2 4:0", "2 4:0 5", "4:0 2:1"]
+    assert together("2", ["2", "4:0", "2:1", "4:1", "5"], site_of) == ["2 4:0", "2 4:0 5", "2:1 4:0"]
     assert together("2:1", ["2:1", "2"], site_of) == []
     assert together("2:1", ["2:1", "4:0"], site_of) == ["2:1 4:0"]
 
@@ -382,6 +386,37 @@ def test_two_processes_find_what_one_finds(tmp_path):
     two = hunter(tiny.sd1()).hunt(800, log=tmp_path / "two.jsonl", devices=["cpu", "cpu"])
     assert two.to_dict() == one.to_dict()
     assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
+
+
+@pytest.mark.slow  # three processes that import torch
+def test_a_search_that_is_killed_goes_on_to_the_same_result(tmp_path):
+    tiny.sd1().save_pretrained(tmp_path / "model")
+    (tmp_path / "own.py").write_text(
+        "import time\n\ndef red(pictures, prompts):\n    time.sleep(0.2)\n"
+        "    return [float(p.getpixel((0, 0))[0]) for p in pictures]\n"
+    )
+    (tmp_path / "prompts.txt").write_text("cat\ndog\n")
+
+    def start(name, *more):
+        words = ("search", "heads", "--model", "model", "--objective", "own:red", "--prompts", "prompts.txt")
+        words += ("--heads", "0 2", "--steps", "1", "--batch", "8", "--budget", "600", "--out", name, *more)
+        return subprocess.Popen([sys.executable, "-m", "attnctl", *words], cwd=tmp_path, env=environment)
+
+    root = str(Path(__file__).parent.parent)
+    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    assert start("whole.json").wait(600) == 0
+    log, lines = tmp_path / "cut.scores.jsonl", []
+    for number, more in enumerate([(), ("--device", "cpu,cpu")]):  # the second time with its processes
+        process = start("cut.json", *more)
+        while process.poll() is None and len(lines) < 4 * number + 4:
+            time.sleep(0.05)
+            lines = log.read_text().splitlines() if log.exists() else []
+        assert process.poll() is None
+        process.kill()
+        process.wait()
+        assert not (tmp_path / "cut.json").exists()
+    assert start("cut.json").wait(600) == 0
+    assert (tmp_path / "cut.json").read_text() == (tmp_path / "whole.json").read_text()
 
 
 def test_what_cannot_be_sent_to_a_process_is_said(tmp_path):
