@@ -136,7 +136,7 @@ def main(
     for given, known in ((topics, [*TOPICS, *APART]), (model, MODELS)):
         if unknown := [name for name in given if name not in known]:
             raise typer.BadParameter(f"no {unknown[0]!r}; there are {', '.join(known)}")
-    if device != "cpu" and (fixed := [name for name in topics if name in ("batch", "personalize")]):
+    if device != "cpu" and (fixed := [name for name in topics if name in ("batch", "compose", "personalize")]):
         raise typer.BadParameter(f"{fixed[0]} is measured by the processor's time, on the CPU alone")
     with Progress() as bar:
         found = [measure(name, topic, repeats, bar, device) for name in model for topic in topics if topic in TOPICS]
@@ -146,7 +146,7 @@ def main(
             for name in model
             if "personalize" in topics and name in personalize_speed.ROWS
         ]
-        compositions = [compose_speed.measure(name, bar, device) for name in model if "compose" in topics]
+        compositions = [compose_speed.measure(name, bar, out.parent) for name in model if "compose" in topics]
         perturbation = perturb_speed.measure(repeats, bar, device=device) if "perturb" in topics else None
         areas = [m for m in regions_speed.MODELS if m in model] if "regions" in topics else []
         placed = [regions_speed.measure(name, repeats, bar, device) for name in areas]
