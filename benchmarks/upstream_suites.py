@@ -6,8 +6,8 @@ PATH is a checkout of diffusers: only its tests are used, the library is the ins
 parameterized, requests_mock and scipy. Plain: as they are. Identity: every pipeline call runs with a control at every
 site that does nothing. Maps: with the maps of all words. A test differs if its outcome does, or what it says when it
 fails: pictures that are the same bit for bit miss an expected number by the same amount. What attnctl refuses by name
-(sliced attention, three rows a picture) is counted apart. Where a test asks a UNet for eager attention, fused attention is
-set, plain too.
+(sliced attention, three rows a picture) is counted apart. Where a test asks a UNet for eager attention, fused
+attention is set, plain too.
 
 The tests fetch small tokenizers from a hub. Without --hub they are made here, so tests that expect certain numbers
 fail, plain too.
