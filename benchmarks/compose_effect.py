@@ -4,6 +4,8 @@
     python benchmarks/effect.py compose --compositions 24 --seeds 2
     python benchmarks/effect.py compose --conditions ours --conditions paper
 
+Each picture and what was measured of it is kept in the folder of --out as it comes, and the same command goes on there.
+
 outside: of the drawn box, against the background. known, new, style: of the object's pixels, against its own; concepts
 of the world, emoji it has never seen, objects in another manner. rim: the box without the object, against the
 background. object, thing: how often the judge sees the (known) object and the background's thing. extra: things more.
@@ -13,13 +15,15 @@ background. object, thing: how often the judge sees the (known) object and the b
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 import typer
+from clock import placed
 from compose_cases import PAIRS, Pair, composition, psnr
 from PIL import Image, ImageFilter
 from rich.box import SIMPLE_HEAD
@@ -30,30 +34,52 @@ from torch import Tensor
 
 import attnctl
 from attnctl.app import command
+from attnctl.app.asked import slug
 from attnctl.glyph import judge
 from attnctl.pipelines.compose import PrimeComposer
 from attnctl.pipelines.compositions import Composition, Plan
 from attnctl.pipelines.inversion import Solver, decode, encode, redrawn, sampling
-from attnctl.sheets import grid
+from attnctl.sheets import Cell, grid
 
 SCRATCH = ("pasted pixels", "ceiling", "inverted and back", "SDEdit 0.5", "SDEdit 0.5 in the box")
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "paper": ("paper", {}),
     "paper, own rows": ("paper", {"rows": "own"}),
     "paper, without infusion": ("paper", {"infuse": 0.0}),
+    "paper, without RCA": ("paper", {"words": "none"}),
+    "paper, all rows as TF-ICON": ("paper", {"rows": "all"}),
     "ours": ("ours", {}),
-    "ours, from step 0": ("ours", {"start": 0.0}),
+    "ours, without infusion": ("ours", {"infuse": 0.0}),
     "ours, paper's columns": ("ours", {"rows": "columns"}),
     "ours, all rows as TF-ICON": ("ours", {"rows": "all"}),
-    "ours, without infusion": ("ours", {"infuse": 0.0}),
-    "from step 0, object's words only": ("ours", {"start": 0.0, "words": "object"}),
-    "ours, no words": ("ours", {"words": "none"}),
-    "ours, noise in the rim": ("ours", {"start": 0.0, "rim": "noise"}),
+    "ours, without RCA": ("ours", {"words": "none"}),
+    "ours, without symmetric RCA": ("ours", {"words": "object"}),
+    "from step 0": ("ours", {"start": 0.0}),
+    "from step 0, without infusion": ("ours", {"start": 0.0, "infuse": 0.0}),
+    "from step 0, without RCA": ("ours", {"start": 0.0, "words": "none"}),
+    "from step 0, without symmetric RCA": ("ours", {"start": 0.0, "words": "object"}),
+    "from step 0, noise in the rim": ("ours", {"start": 0.0, "rim": "noise"}),
     "ours, blending to 0.8": ("ours", {"blend": 0.8}),
     "ours, guidance 2.5": ("ours", {"guidance": 2.5}),
     "ours, object inverted alone": ("ours", {"invert": "alone"}),
 }
 KINDS = ("known", "new", "style")
+GROUP = 8
+"""Compositions that are made together."""
+
+
+class Case(NamedTuple):
+    """One of the list, and the seed of its background."""
+
+    number: int
+    seed: int
+
+    @property
+    def composition(self) -> Composition:
+        return composition(PAIRS[self.number], self.number, self.seed)
+
+    def file(self, condition: str) -> str:
+        return f"{slug(condition)}-{self.number}-{self.seed}.png"
 
 
 def scratch(name: str, composer: PrimeComposer, plan: Plan) -> list[Image.Image]:
@@ -119,6 +145,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             found[name] = float(np.mean(values))
     for name in ("object", "thing"):
         found[name] = [sum(row[name] for row in rows if name in row), sum(name in row for row in rows)]
+    found["seconds"] = float(np.mean([row["seconds"] for row in rows]))
     return found | {"extra": sum(row["extra"] for row in rows)}
 
 
@@ -143,6 +170,7 @@ def main(
     ] = None,
     compositions: Annotated[int, typer.Option(min=1, max=len(PAIRS), help="Of the fixed list, from its start.")] = 8,
     seeds: Annotated[int, typer.Option(min=1, help="Backgrounds of each composition.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...: where pictures are drawn.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for the table and the sheet.")] = Path("out/compose"),
 ) -> None:
     names = list(conditions or [*SCRATCH, *METHODS])
@@ -150,53 +178,80 @@ def main(
         raise typer.BadParameter(f"no condition {unknown[0]!r}; there are {', '.join([*SCRATCH, *METHODS])}")
     command.check_writable(out)
     torch.set_num_threads(1)
-    pipe, eye, console = attnctl.load("glyph-sd"), judge.load(), Console(width=None if sys.stdout.isatty() else 120)
+    pipe, eye, console = (
+        placed(attnctl.load("glyph-sd"), device, torch.float32),
+        judge.load(),
+        Console(width=None if sys.stdout.isatty() else 120),
+    )
     pipe.set_progress_bar_config(disable=True)
-    pairs = [pair for _ in range(seeds) for pair in PAIRS[:compositions]]
-    asked = [composition(PAIRS[n], n, seed) for seed in range(seeds) for n in range(compositions)]
-    table: dict[str, dict[str, Any]] = {}
-    sheet: list[list[tuple[str, Image.Image]]] = []
+    pictures = out / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    cases = [Case(number, seed) for seed in range(seeds) for number in range(compositions)]
+    lines = out / "compose.jsonl"
+    known = noted(lines)
     with Progress(console=console) as bar:
-        line = bar.add_task("composing", total=len(names) * len(asked))
+        line = bar.add_task("composing", total=len(names) * len(cases))
         base = PrimeComposer(pipe)
         for name in names:
             bar.update(line, description=name)
-            plans, pictures, seconds = _all(name, base, asked, lambda count: bar.advance(line, count))
-            readings = eye.read(pictures)
-            rows = [measured(*each) for each in zip(pairs, *zip(*plans, strict=True), pictures, readings, strict=True)]
-            table[name] = summary(rows) | {"seconds": seconds / len(asked), "each": rows}
-            if not sheet:
-                grounds = [Image.fromarray(plan.pasted[n].background) for plan, n in plans[:compositions]]
-                sheet.append([("background" * (n == 0), ground) for n, ground in enumerate(grounds)])
-            sheet.append([(name * (n == 0), picture) for n, picture in enumerate(pictures[:compositions])])
-    out.mkdir(parents=True, exist_ok=True)
+            missing = [case for case in cases if (name, case) not in known]
+            bar.advance(line, len(cases) - len(missing))
+            for first in range(0, len(missing), GROUP):
+                some = missing[first : first + GROUP]
+                made, rows = composed(name, base, some, eye)
+                for case, picture, row in zip(some, made, rows, strict=True):
+                    picture.save(pictures / case.file(name))
+                    told = {"condition": name, "composition": case.number, "seed": case.seed, **row}
+                    with lines.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(told) + "\n")
+                    known[name, case] = told
+                bar.advance(line, len(some))
+    table = {name: summary([known[name, case] for case in cases]) for name in names}
     setting = {"compositions": compositions, "seeds": seeds, "model": "glyph-sd"}
     (out / "compose.json").write_text(json.dumps({"setting": setting, "conditions": table}, indent=1))
-    grid(sheet).save(out / "sheet.png")
+    grid(sheet(base, names, cases[:compositions], pictures)).save(out / "sheet.png")
     show(table, console)
     console.print(f"{out / 'compose.json'}\n{out / 'sheet.png'}")
 
 
-def _all(
-    name: str, base: PrimeComposer, asked: Sequence[Composition], told: Callable[[int], object], group: int = 12
-) -> tuple[list[tuple[Plan, int]], list[Image.Image], float]:
-    """Each composition as a plan and its number there, their pictures, and the seconds these took."""
+def noted(lines: Path) -> dict[tuple[str, Case], dict[str, Any]]:
+    """What an earlier run has measured, by condition and case; a line that was cut off is passed over."""
+    found: dict[tuple[str, Case], dict[str, Any]] = {}
+    told = lines.read_text(encoding="utf-8") if lines.exists() else ""
+    if told and not told.endswith("\n"):
+        lines.write_text(told + "\n", encoding="utf-8")
+    for line in told.splitlines():
+        with suppress(ValueError):
+            one = json.loads(line)
+            found[one["condition"], Case(one["composition"], one["seed"])] = one
+    return found
+
+
+def sheet(base: PrimeComposer, names: Sequence[str], cases: Sequence[Case], folder: Path) -> list[list[Cell]]:
+    """The backgrounds, and a row for each condition."""
+    grounds = base.plan([case.composition for case in cases]).pasted
+    rows: list[list[Cell]] = [
+        [("background" * (n == 0), Image.fromarray(one.background)) for n, one in enumerate(grounds)]
+    ]
+    for name in names:
+        rows.append([(name * (n == 0), Image.open(folder / case.file(name))) for n, case in enumerate(cases)])
+    return rows
+
+
+def composed(
+    name: str, base: PrimeComposer, cases: Sequence[Case], eye: judge.Judge
+) -> tuple[list[Image.Image], list[dict[str, Any]]]:
+    """Pictures of one condition, and what is measured of each; seconds are a share of the group's."""
     preset, settings = METHODS.get(name, ("ours", {}))
     composer = PrimeComposer(base.pipe, preset, **settings)
     composer.paths = base.paths  # most inversions are the same
-    plans: list[tuple[Plan, int]] = []
-    pictures: list[Image.Image] = []
-    seconds = 0.0
-    for first in range(0, len(asked), group):
-        some = asked[first : first + group]
-        plan, start = composer.plan(some), time.perf_counter()
-        of_method = [] if name in SCRATCH else [one.picture for one in composer.batch(some)]
-        pictures += of_method or scratch(name, composer, plan)
-        seconds += time.perf_counter() - start
-        plans += [(plan, n) for n in range(len(some))]
-        told(len(some))
-    return plans, pictures, seconds
-
-
-if __name__ == "__main__":
-    command.run(app, "effect compose")
+    some = [case.composition for case in cases]
+    plan, start = composer.plan(some), time.perf_counter()
+    made = scratch(name, base, plan) if name in SCRATCH else [one.picture for one in composer.batch(some)]
+    seconds = (time.perf_counter() - start) / len(cases)
+    readings = eye.read(made)
+    rows = [
+        measured(PAIRS[case.number], plan, n, made[n], readings[n]) | {"seconds": seconds}
+        for n, case in enumerate(cases)
+    ]
+    return made, rows

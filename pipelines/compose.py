@@ -37,6 +37,7 @@ from attnctl.errors import ControlError
 from attnctl.pipelines.compose_settings import settings_of
 from attnctl.pipelines.compositions import Composed, Composition, Plan, thing_of, words_of
 from attnctl.pipelines.inversion import Path, Solver, decode, encode, invert, packed, redrawn, sampling
+from attnctl.pipelines.inversion_cache import InversionCache
 from attnctl.pipelines.object_masks import mask_from_words
 from attnctl.pipelines.pasting import box_in, object_mask, opened, paste
 from attnctl.processors.composition import Infusion, ObjectWords, object_cells, pasted
@@ -53,6 +54,7 @@ class PrimeComposer:
     Args:
         pipe: the pipeline. Whatever is done to it (LoRA, IP-Adapter, offload, devices) holds here.
         preset: "ours" or "paper"; see `compose_settings`.
+        cache: inversions on the disk, see `inversion_cache`; None: they are kept in memory alone.
         settings: of `Settings`, instead of the preset's.
 
     Raises:
@@ -60,9 +62,11 @@ class PrimeComposer:
         UnsupportedPipelineError: no family record describes the pipeline.
     """
 
-    def __init__(self, pipe: Any, preset: str = "ours", **settings: Any) -> None:
+    def __init__(
+        self, pipe: Any, preset: str = "ours", *, cache: InversionCache | None = None, **settings: Any
+    ) -> None:
         self.family = family_of(pipe)[0]
-        self.pipe, self.settings = pipe, settings_of(preset, **settings)
+        self.pipe, self.cache, self.settings = pipe, cache, settings_of(preset, **settings)
         self.paths: OrderedDict[str, list[Tensor]] = OrderedDict()
 
     def __call__(
@@ -211,7 +215,7 @@ class PrimeComposer:
     def inverted(self, plan: Plan, arguments: dict[str, Any] | None = None) -> tuple[Path, Path, int]:
         """Inversions of the backgrounds and of the objects' pictures, and the denoiser calls for each composition.
 
-        Those that are known from an earlier call, by picture and settings, cost nothing.
+        Those that are known from an earlier call or from the cache, by picture and settings, cost nothing.
         """
         arguments = arguments or {}
         alone = self.settings.invert == "alone"
@@ -220,15 +224,20 @@ class PrimeComposer:
         settings = self.settings.steps, self.settings.solver, self.settings.rounds
         told = told_of([settings, self._adapters(), dict(self.pipe.scheduler.config), arguments])
         names = [sha256(one.tobytes() + repr(one.shape).encode() + told.encode()).hexdigest() for one in pictures]
-        missing = [n for n, name in enumerate(names) if name not in self.paths and name not in names[:n]]
         made: dict[str, list[Tensor]] = {}
-        if missing:
-            latents = encode(self.pipe, [Image.fromarray(pictures[n]) for n in missing])
+        for name in names:
+            if self.cache and name not in self.paths and (found := self.cache.get(name)) is not None:
+                self.paths[name] = [node.to(self.pipe.device) for node in found]
+        missing = [n for n, name in enumerate(names) if name not in self.paths and name not in names[:n]]
+        for n in missing:  # one by one: kernels round by the size of a batch, and what is kept must not tell its group
+            latents = encode(self.pipe, [Image.fromarray(pictures[n])])
             path = invert(
                 self.pipe, latents, plan.size, self.settings.steps, self.settings.solver, self.settings.rounds,
                 **arguments,
             )  # fmt: skip
-            made = {names[n]: [node[i : i + 1] for node in path] for i, n in enumerate(missing)}
+            made[names[n]] = [node.contiguous() for node in path]  # as on the disk; strides round, too
+            if self.cache is not None:
+                self.cache.put(names[n], made[names[n]])
         paths = [made[name] if name in made else self.paths[name] for name in names]
         self.paths.update(made)
         while len(self.paths) > KEPT * len(plan.asked):

@@ -56,16 +56,18 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
-            if (known := get_args(kind)) and getattr(self, name) not in known:
+            if (known := get_args(kind)) and str(getattr(self, name)) not in known:
                 raise ControlError(f"{name} is one of {', '.join(known)}; not {getattr(self, name)!r}")
         for name in ("start", "infuse", "blend", "paste", "least"):
-            if not 0 <= getattr(self, name) <= 1:
+            if not (_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
                 raise ControlError(f"{name} is a share, from 0 to 1; not {getattr(self, name)!r}")
         for name, least in (("steps", 1), ("rounds", 0), ("margin", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ControlError(f"{name} is a whole number from {least} up; not {value!r}")
-        if not 0 <= self.guidance < float("inf"):
+        if not isinstance(self.extended, bool):
+            raise ControlError(f"extended is true or false; not {self.extended!r}")
+        if not (_number(self.guidance) and 0 <= self.guidance < float("inf")):
             raise ControlError(f"guidance is a number from 0 up; not {self.guidance!r}")
         if self.first() >= self.steps:
             raise ControlError(f"start {self.start} leaves none of {self.steps} steps")
@@ -73,6 +75,10 @@ class Settings:
     def first(self) -> int:
         """The node of the schedule to start from."""
         return round(self.start * self.steps)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 # Guidance and tau_a of the paper's scripts, by the domain of the background.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageFilter
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from attnctl.engine.attachment import Report
 from attnctl.errors import PhraseError
-from attnctl.pipelines.pasting import Pasted, opened
+from attnctl.pipelines.pasting import Pasted, box_in, object_mask, opened
+from attnctl.words.spelling import places
 from attnctl.words.subjects import SubjectsError, read_subjects
 
 
@@ -124,14 +126,19 @@ def words_of(one: Composition) -> tuple[tuple[str, ...], tuple[str, ...]]:
     words = (one.words,) if isinstance(one.words, str) else one.words
     if words is not None and one.others is not None:
         return tuple(words), tuple(one.others)
-    try:
-        named = [subject.whole for subject in read_subjects(one.prompt)]
-    except SubjectsError as error:
-        raise SubjectsError(f"{error}; or name words= of the object and others= of the background") from None
+    named = _named(one.prompt)
     words = tuple(words) if words is not None else tuple(named[-1:])
     mine = {word for phrase in words for word in phrase.lower().split()}
     rest = tuple(phrase for phrase in named if not mine & set(phrase.lower().split()))
     return words, rest if one.others is None else tuple(one.others)
+
+
+def _named(prompt: str) -> list[str]:
+    """The things that a prompt names."""
+    try:
+        return [subject.whole for subject in read_subjects(prompt)]
+    except SubjectsError as error:
+        raise SubjectsError(f"{error}; or name words of the object and others of the background") from None
 
 
 def thing_of(prompt: str, number: int) -> str:
@@ -140,7 +147,36 @@ def thing_of(prompt: str, number: int) -> str:
     Raises:
         PhraseError: it names fewer.
     """
-    named = [subject.whole for subject in read_subjects(prompt)]
+    named = _named(prompt)
     if len(named) < -number:
         raise PhraseError(f"{-number} objects, but the prompt names {len(named)} things: {', '.join(named)}")
     return named[number]
+
+
+def checked(several: Sequence[Composition]) -> list[Composition]:
+    """The same compositions, their pictures opened, once all makes sense that can be told without a model.
+
+    Args:
+        several: of one background in turn, or a single one.
+
+    Raises:
+        ControlError: a picture, mask or box is none.
+        PhraseError: a phrase is not in its prompt.
+        SubjectsError: a phrase is to be read from a prompt, and the tagger is not installed.
+    """
+    found = []
+    for number, one in enumerate(several):
+        background, thing = opened(one.background, "background"), opened(one.thing, "object")
+        mask = opened(one.mask, "mask") if isinstance(one.mask, (str, Path)) and one.mask != "words" else one.mask
+        box_in(one.box, background.size)
+        if not (isinstance(mask, str) and mask == "words"):
+            object_mask(thing, mask)
+        words, others = words_of(one if one.words is not None else replace(one, words=_turn(several, number)))
+        for phrase in (*words, *others):
+            places(one.prompt, phrase)
+        found.append(replace(one, background=background, thing=thing, mask=mask))
+    return found
+
+
+def _turn(several: Sequence[Composition], number: int) -> str:
+    return thing_of(several[number].prompt, number - len(several))

@@ -8,9 +8,10 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TextIO
 
@@ -19,11 +20,13 @@ import torch
 from PIL import Image
 
 from attnctl.engine.attachment import attach
+from attnctl.engine.run import Step
 from attnctl.errors import AttnctlWarning, ControlError
 from attnctl.pipelines.head_race import Case, Floats
 from attnctl.processors import Perturb
 
 Objective = Callable[[list[Image.Image], list[str]], Sequence[float]]
+Spread = Callable[[Iterable[list["Item"]]], Iterable[list[float]]]  # batches -> their scores, in the same order
 
 
 class Item(NamedTuple):
@@ -52,6 +55,39 @@ class Progress:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What candidates have cost, drawn as a search draws them.
+
+    Attributes:
+        steps: of all pictures with broken heads.
+        passes: that really ran for them, in whole forward passes; what was shared did not run.
+        full: passes they would have cost without sharing.
+        seconds: of drawing.
+    """
+
+    steps: int = 0
+    passes: float = 0.0
+    full: float = 0.0
+    seconds: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.steps + other.steps,
+            self.passes + other.passes,
+            self.full + other.full,
+            self.seconds + other.seconds,
+        )
+
+
+@dataclass(frozen=True)
+class Whole(Perturb):
+    """`Perturb` that shares nothing with the pipeline's own forward: what a candidate costs outside of a search."""
+
+    def before_denoise(self, step: Step) -> None:
+        return
+
+
 class Measure(Protocol):
     """What a bench asks: the numbers of one batch of items, all with heads or all without, of equal steps."""
 
@@ -77,6 +113,7 @@ class Drawer:
         self, pipe: Any, objective: Objective, prompts: Sequence[str], perturb: Perturb, call: dict[str, Any]
     ) -> None:
         self.pipe, self.objective, self.prompts, self.perturb, self.call = pipe, objective, prompts, perturb, call
+        self.cost = Cost()
         self.guided = float(call.get("true_cfg_scale", call.get("guidance_scale", 1.0))) > 1
 
     def price(self, heads: str, steps: int) -> int:
@@ -86,6 +123,25 @@ class Drawer:
 
     def __call__(self, items: Sequence[Item]) -> list[float]:
         return self._scores(items) if items[0].steps else self._effects(items)
+
+    def alone(self, items: Sequence[Item]) -> Cost:
+        """What candidates cost when each is drawn by itself and nothing is shared."""
+        found = Cost()
+        own = {name: getattr(self.perturb, name) for name in ("u", "scale", "kind", "scope")}
+        for one in items:
+            perturb = Whole(one.heads, **own)
+            start = time.perf_counter()
+            with warnings.catch_warnings(), attach(self.pipe, perturb) as run:
+                warnings.simplefilter("ignore", AttnctlWarning)
+                self.pipe(
+                    self.prompts[one.prompt],
+                    num_inference_steps=one.steps,
+                    generator=torch.Generator().manual_seed(one.seed),
+                    **self.call,
+                )
+            seconds = time.perf_counter() - start
+            found += Cost(one.steps, sum(run.report.passes.values()), self.price(one.heads, one.steps), seconds)
+        return found
 
     def _draw(self, items: Sequence[Item], steps: int, **more: Any) -> tuple[Any, Any]:
         perturb = replace(self.perturb, candidates=tuple(one.heads for one in items), **more.pop("control", {}))
@@ -97,14 +153,20 @@ class Drawer:
         return out.images, run.report
 
     def _scores(self, items: Sequence[Item]) -> list[float]:
+        start = time.perf_counter()
         try:
-            images, _ = self._draw(items, items[0].steps)
+            images, report = self._draw(items, items[0].steps)
         except ControlError as error:
             if not _inert(error):
                 raise
             if len(items) == 1:
                 return self._scores([items[0]._replace(heads="")])  # such heads change no picture
             return [score for one in items for score in self._scores([one])]
+        if items[0].heads:
+            full = sum(self.price(one.heads, one.steps) for one in items)
+            passes = len(items) * sum(report.passes.values())
+            steps = sum(one.steps for one in items)
+            self.cost += Cost(steps, passes, full, time.perf_counter() - start)
         scores = [float(one) for one in self.objective(images, [self.prompts[one.prompt] for one in items])]
         if len(scores) != len(items) or not all(map(math.isfinite, scores)):
             raise ControlError(f"the objective gave {scores} for {len(items)} pictures; it should be a number for each")
@@ -204,7 +266,9 @@ class LoggedBench:
         budget: int,
         batch: int,
         progress: Callable[[Progress], None] | None,
+        spread: Spread | None = None,
     ) -> None:
+        self.spread: Spread = spread or partial(map, measure)
         self.measure, self.prompts, self.log, self.budget, self.batch = measure, prompts, log, budget, batch
         self.progress, self.spent = progress, 0
         self._known: dict[Item, float] = {}
@@ -225,18 +289,21 @@ class LoggedBench:
 
     def _table(self, heads: Sequence[str], cases: Sequence[Case], steps: int, stage: str) -> Floats:
         asked = [[Item(one, *case, steps) for case in cases] for one in heads]
+        batches: list[list[Item]] = []
         for plain in (True, False):
             new = [one for row in asked for one in row if one not in self._known and (not one.heads) == plain]
-            for first in range(0, len(new), self.batch):
-                self._batch(new[first : first + self.batch], stage)
+            batches += [new[first : first + self.batch] for first in range(0, len(new), self.batch)]
+        fresh = iter(self.spread([items for items in batches if self.log.get(items) is None]))
+        for items in batches:
+            self._batch(items, fresh, stage)
         return np.array([[self._known[one] for one in row] for row in asked], dtype=np.float64)
 
-    def _batch(self, items: list[Item], stage: str) -> None:
+    def _batch(self, items: list[Item], fresh: Iterator[list[float]], stage: str) -> None:
         scores = self.log.get(items)
         cost = sum(self.price(one.heads, one.steps) for one in items)
         if scores is None:
             start = time.perf_counter()
-            scores = self.measure(items)
+            scores = next(fresh)
             self._seconds += time.perf_counter() - start
             self._fresh += cost
             self.log.add(items, scores)

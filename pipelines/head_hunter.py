@@ -3,7 +3,7 @@
     hunter = HeadHunter(pipe, objective, prompts)
     found = hunter.hunt(budget=20_000, log="heads.scores.jsonl")
     found.save("heads.json")
-    with attnctl.attach(pipe, Perturb("heads.json", u=found.u, scale=found.scale)):
+    with attnctl.attach(pipe, Perturb(preset="heads.json")):
         ...
 
 The greedy search of the paper (Ahn et al., NeurIPS 2025, arXiv 2506.10978, algorithm 1) is `method="greedy"`. Ours, the
@@ -19,18 +19,23 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from PIL import Image
 
 from attnctl.engine.families.registry import discover, family_of
 from attnctl.engine.heads import Heads, pick_heads, shape_of
 from attnctl.errors import ControlError
-from attnctl.pipelines.head_bench import Drawer, LoggedBench, Objective, Progress, opened
-from attnctl.pipelines.head_race import Rank, greedy, race
+from attnctl.pipelines.head_bench import Drawer, Item, LoggedBench, Objective, Progress, opened
+from attnctl.pipelines.head_grid import head_grid
+from attnctl.pipelines.head_race import Rank, cases, greedy, race
+from attnctl.pipelines.head_workers import spread_over
 from attnctl.processors import Perturb
+from attnctl.processors.perturb_presets import name_of, sample_of
 
 Method = Literal["race", "greedy"]
 
@@ -75,14 +80,17 @@ class Found:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: the content of the file."""
-        first = {name: self.settings[name] for name in ("model", "weights", "scope", "kind", "u", "scale")}
+        names = ("model", "revision", "weights", "sample", "scope", "kind", "u", "scale")
+        first = {name: self.settings[name] for name in names}
         rest = {name: value for name, value in self.settings.items() if name not in first}
         ranks = [one.to_dict() for one in self.ranks]
         known = {"heads": self.heads, "shape": self.shape, **first, "sure": self.sure, "spent": self.spent}
         return known | {"settings": rest, "ranks": ranks}
 
     def save(self, path: str | Path) -> Path:
-        """Write a file that `Perturb("FILE.json")` reads; it appears whole or not at all.
+        """Write a preset that `Perturb(preset="FILE.json")` reads, and a picture of the search beside it, FILE.png.
+
+        The preset appears whole or not at all.
 
         Raises:
             ControlError: its name does not end in .json, by which `Perturb` knows files.
@@ -94,7 +102,29 @@ class Found:
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         part.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
         part.replace(path)
+        self.picture().save(path.with_suffix(".png"))
         return path
+
+    def picture(self) -> Image.Image:
+        """Blocks by heads, as colours: what was measured of each, and how sure it is."""
+        return head_grid(self.ranks, self.heads, str(self.settings.get("objective", "score")))
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a candidate costs in a search, in parts of two full forwards at each step, drawn one by one.
+
+    Attributes:
+        passes: forwards that ran, for blocks before the first broken one are shared; counted in blocks, in levels of a
+            UNet.
+        time: the same in seconds, with what batches save.
+    """
+
+    passes: float
+    time: float
+
+    def __str__(self) -> str:
+        return f"a candidate took {self.time:.2f} of the time of full passes, one by one (passes {self.passes:.2f})"
 
 
 class HeadHunter:
@@ -112,7 +142,7 @@ class HeadHunter:
         scope: see `Perturb`.
         call: further arguments of every pipeline call; default: guidance_scale=1, no classifier-free guidance.
         batch: pictures drawn together; each may have other heads.
-        model: its name, for the file.
+        model: its name, for the file; default: what the pipeline tells.
         objective_name: for the file, and to tell logs apart; default: the name of the callable.
 
     Raises:
@@ -159,8 +189,10 @@ class HeadHunter:
         self.drawer = Drawer(pipe, objective, self.prompts, perturb, self.call)
         self.shape = shape_of(available)
         self.settings: dict[str, Any] = {
-            "model": model or str(getattr(pipe, "name_or_path", "")),
+            "model": model or name_of(pipe)[0],
+            "revision": name_of(pipe)[1],
             "weights": _weights(family_of(pipe)[1]),
+            "sample": sample_of(family_of(pipe)[1]),
             "scope": scope,
             "kind": kind,
             "u": u,
@@ -183,6 +215,7 @@ class HeadHunter:
         quick: int = 2,
         sure: float = 2.0,
         log: str | Path | None = None,
+        devices: Sequence[str] = (),
         progress: Callable[[Progress], None] | None = None,
     ) -> Found:
         """Search.
@@ -195,6 +228,9 @@ class HeadHunter:
             quick: of race, steps of a picture where whole sites are screened.
             sure: of race, how many standard errors behind the leader a set is given up.
             log: a file for the scores; a search that was killed goes on from it, to the same result.
+            devices: a process for each of them draws, with a copy of the pipeline; default: this process, on the
+                pipeline's own. Scores are the same however many there are. As always where Python starts processes, a
+                script needs `if __name__ == "__main__":` around what it runs.
             progress: called after each batch.
 
         Raises:
@@ -211,8 +247,9 @@ class HeadHunter:
         bars = dict(getattr(self.pipe, "_progress_bar_config", {}))
         self.pipe.set_progress_bar_config(**bars | {"disable": True})
         try:
-            with opened(None if log is None else Path(log), self.settings) as kept:
-                bench = LoggedBench(self.drawer, self.prompts, kept, budget, self.batch, progress)
+            with opened(None if log is None else Path(log), self.settings) as kept, ExitStack() as stack:
+                spread = stack.enter_context(spread_over(self.drawer, devices)) if devices else None
+                bench = LoggedBench(self.drawer, self.prompts, kept, budget, self.batch, progress, spread)
                 if method == "race":
                     heads, ranks = race(bench, self.sites, budget, self.steps, min(quick, self.steps), sure)
                     own: dict[str, Any] = {"quick": quick, "sure": sure}
@@ -224,6 +261,18 @@ class HeadHunter:
             self.pipe.set_progress_bar_config(**bars)
         settings = {**self.settings, "method": method, "budget": budget, **own}
         return Found(heads, tuple(ranks), bench.spent, self.shape, settings)
+
+    def saved(self, heads: str, pictures: int = 2) -> Saved | None:
+        """What a candidate cost in the searches of this hunter, in parts of what it costs alone and in full.
+
+        For that, a few pictures with these heads are drawn one by one, without anything shared. None: nothing was
+        drawn, since all was in the log.
+        """
+        spent = self.drawer.cost
+        if not spent.steps:
+            return None
+        alone = self.drawer.alone([Item(heads, *case, self.steps) for case in cases(len(self.prompts), pictures)])
+        return Saved(spent.passes / spent.full, spent.seconds / spent.steps * alone.steps / alone.seconds)
 
 
 def _weights(model: torch.nn.Module) -> str:

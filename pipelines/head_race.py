@@ -18,11 +18,13 @@ from attnctl.errors import ControlError
 
 Floats = NDArray[np.float64]
 
-SHARES = {"prune": 0.1, "screen": 0.1, "race": 0.35, "final": 0.25, "confirm": 0.2}  # of the budget; ours
+SHARES = {"prune": 0.08, "screen": 0.14, "race": 0.34, "final": 0.24, "confirm": 0.2}  # of the budget; ours
 LEAST = {"prune": 1, "screen": 4, "race": 2, "final": 4, "confirm": 8}  # pictures of each set; ours
 MOST_PRUNE = 8  # sizes of effects hardly differ between pictures
 INERT = 5e-3  # of the prediction; what moves it less cannot be seen in the picture
 FINALISTS = 3
+STAY = 1 / 3  # of the sets in a race, after each of its rounds
+GOOD = 1 / 4  # of the sites, after the screening; at least two
 UNSEEN = 1_000_003  # the seeds of the confirmation begin here
 
 
@@ -119,7 +121,7 @@ def race(
         "prune": len(heads) * bench.effect_price(),
         "screen": screened,
         "race": _rounds(arms) * (arms * one + plain),
-        "final": (FINALISTS + 2) * one + plain,
+        "final": 2 * FINALISTS * one + plain,
         "confirm": 2 * one + plain,
     }
     wanted = max(math.ceil(LEAST[stage] * cost / SHARES[stage]) for stage, cost in least.items())
@@ -141,12 +143,13 @@ def race(
     count = int(SHARES["screen"] * budget / screened)
     seen = bench.gains(list(alive), cases(pairs, count), quick, "screen")
     found |= {site: rank(site, "screen", seen[k]) for k, site in enumerate(alive)}
-    best = seen.mean(1).argsort()[::-1]
-    half = max(1, math.ceil(len(alive) / 2))
-    good = [list(alive)[k] for k in best[:half] if k == best[0] or not _lost(seen[k], seen[best[0]], sure)]
+    best = seen.mean(1).argsort(kind="stable")[::-1]
+    stay = best[: _good(len(alive))]
+    good = [list(alive)[k] for k in sorted(stay) if k == best[0] or not _lost(seen[k], seen[best[0]], sure)]
 
-    # 3: heads of good sites, and these sites whole
-    racing = list(dict.fromkeys([*good, *(head for site in good for head in alive[site])]))
+    # 3: heads of good sites, and these sites whole; in the order of the sites, so that batches share their beginning
+    racing = list(dict.fromkeys(arm for site in good for arm in (site, *alive[site])))
+    site_of = {arm: site for site in good for arm in (site, *alive[site])}
     rounds, done = _rounds(len(racing)), 0
     gains = np.zeros((len(racing), 0))
     for _ in range(rounds):
@@ -155,21 +158,39 @@ def race(
         done += count
         found |= {arm: rank(arm, "race", gains[k]) for k, arm in enumerate(racing)}
         best = gains.mean(1).argsort(kind="stable")[::-1]
-        half = max(min(FINALISTS, len(racing)), math.ceil(len(racing) / 2))
-        stay = [k for k in best[:half] if k == best[0] or not _lost(gains[k], gains[best[0]], sure)]
-        racing, gains = [racing[k] for k in stay], gains[stay]
+        most = max(min(FINALISTS, len(racing)), math.ceil(STAY * len(racing)))
+        keep = sorted(k for k in best[:most] if k == best[0] or not _lost(gains[k], gains[best[0]], sure))
+        racing, gains = [racing[k] for k in keep], gains[keep]
 
     # 4: the last ones, alone and together, on pictures that chose none of them
-    raced = sorted((one for one in found.values() if one.stage == "race"), key=lambda one: -one.gain)
-    single = [one.heads for one in raced if one.heads not in sites][:FINALISTS]
-    finals = [*racing[:FINALISTS], *(" ".join(single[:count]) for count in range(2, len(single) + 1))]
+    last = sorted(racing, key=lambda arm: -found[arm].gain)[:FINALISTS]
+    others = sorted((arm for arm in site_of if found[arm].stage == "race"), key=lambda arm: -found[arm].gain)
+    finals = [*last, *together(last[0], others, site_of)]
     count = int(SHARES["final"] * budget / least["final"])
     gains = bench.gains(finals, cases(pairs, count, done), steps, "final")
     found |= {arm: rank(arm, "final", gains[k]) for k, arm in enumerate(finals)}
-    last = [finals[k] for k in gains.mean(1).argsort(kind="stable")[::-1][:2]]
+    chosen = [finals[k] for k in gains.mean(1).argsort(kind="stable")[::-1][:2]]
 
-    found |= {one.heads: one for one in confirm(bench, last, budget, steps)}
-    return last[0], ordered(found, last[0])
+    found |= {one.heads: one for one in confirm(bench, chosen, budget, steps)}
+    return chosen[0], ordered(found, chosen[0])
+
+
+def together(first: str, others: Sequence[str], site_of: Mapping[str, str]) -> list[str]:
+    """The best set with the best of a second site, with those of a second and third, and the two best heads there are.
+
+    Args:
+        first: the best set.
+        others: sets, best first; it may be among them.
+        site_of: the site of each, in the order in which they are written.
+    """
+    beside: dict[str, str] = {}
+    for arm in others:
+        if site_of[arm] != site_of[first]:
+            beside.setdefault(site_of[arm], arm)
+    second = list(beside.values())[:2]
+    heads = [arm for arm in others if arm != site_of[arm]][:2]
+    sets = [[first, *second[:1]], [first, *second], heads]
+    return list(dict.fromkeys(" ".join(arm for arm in site_of if arm in one) for one in sets if len(one) > 1))
 
 
 def confirm(bench: Bench, sets: Sequence[str], budget: int, steps: int) -> list[Rank]:
@@ -232,16 +253,20 @@ def ordered(found: Mapping[str, Rank], chosen: str) -> list[Rank]:
 
 
 def _most_arms(heads: Sequence[int]) -> int:
-    """How many sets may race at most, of sites with so many heads: half of all heads stay, and half of their sites."""
+    """How many sets may race at most, of sites with so many heads: half of all heads stay, and the good sites."""
     kept, largest, most = math.ceil(sum(heads) / 2), sorted(heads, reverse=True), 0
     for alive in range(1, min(len(heads), kept) + 1):
-        good = math.ceil(alive / 2)
+        good = _good(alive)
         most = max(most, good + min(kept - (alive - good), sum(largest[:good])))
     return most
 
 
+def _good(sites: int) -> int:
+    return min(sites, max(2, math.ceil(GOOD * sites)))
+
+
 def _rounds(arms: int) -> int:
-    return max(1, math.ceil(math.log2(arms / FINALISTS)))
+    return max(1, math.ceil(math.log(arms / FINALISTS) / math.log(1 / STAY) - 1e-9))
 
 
 def _lost(gains: Floats, leader: Floats, sure: float) -> bool:

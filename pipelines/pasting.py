@@ -70,7 +70,8 @@ def object_mask(picture: Image.Image, mask: Any) -> Floats:
         if region.mask is not None and abs(region.mask.shape[1] / region.mask.shape[0] * size[0] / size[1] - 1) > 0.05:
             shape = f"{region.mask.shape[1]} x {region.mask.shape[0]}"
             raise ControlError(f"the mask is {shape}, and the object's picture {size[1]} x {size[0]}: another shape")
-        found = region.on(size, size).numpy()
+        same = region.mask is not None and tuple(region.mask.shape) == size
+        found = (region.mask if same and region.mask is not None else region.on(size, size)).numpy()
     elif picture.mode == "RGBA":
         found = np.asarray(picture.getchannel("A"), np.float32) / 255
         if found.min() == 1:

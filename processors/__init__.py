@@ -14,7 +14,8 @@ from .dense_regions import DenseRegions
 from .excitation import Excitation
 from .lora_regions import LoraRegions
 from .nag import Nag
-from .perturb import Pag, Perturb, Seg, Slg, Tpg
+from .perturb import Perturb
+from .perturb_named import Pag, Seg, Slg, Tpg
 from .placement import Placement
 from .regions import Isolation, Regions
 from .retention import Retention

@@ -49,6 +49,7 @@ from attnctl.engine.run import Run, Step
 from attnctl.engine.sites import Site
 from attnctl.errors import AttnctlWarning, ControlError
 
+from .perturb_presets import SETTINGS, Preset, UsualNumber, UsualText, read_preset
 from .perturbed_attention import Scope, blur, kept_by_text, mix, own_values, queries_of, temperature, uniform
 
 Kind = Literal["identity", "uniform", "blur", "temperature", "skip", "shuffle"]
@@ -122,21 +123,23 @@ class Perturb(Control):
         candidates: sets of heads, one for each image of the batch, drawn together; then `heads` is not read. For
             Python: the command line draws one picture at a time.
         seed: of kind shuffle.
+        preset: heads that were found for a model, with u, scale, kind and scope: a name, as "glyph-sd", or a .json file
+            that `attnctl search heads` wrote. What is said beside it comes first.
 
     Costs one forward of the conditional rows at each step; where it can, it starts at the first perturbed block.
     `run.report` says how many forwards were spent, and how far apart c and p were ("effect").
 
     Raises:
-        ControlError: a setting is out of its range; at the pipeline call, if the window holds no step, if candidates or
-            values of u do not fit the images, or if the heads change nothing at all.
+        ControlError: a setting is out of its range; there is no such preset; at the pipeline call, if the window holds
+            no step, if candidates or values of u do not fit the images, or if the heads change nothing at all.
         NoSiteError: heads that do not exist.
     """
 
-    heads: Heads = "mid"
-    u: float | tuple[float, ...] = 1.0
-    scale: float = 3.0
-    kind: Kind = "identity"
-    scope: Scope = "whole"
+    heads: Heads = UsualText("mid")
+    u: float | tuple[float, ...] = UsualNumber(1.0)
+    scale: float = UsualNumber(3.0)
+    kind: Kind = UsualText("identity")  # type: ignore[assignment]
+    scope: Scope = UsualText("whole")  # type: ignore[assignment]
     sigma: float = math.inf
     tau: float = 4.0
     adaptive: float = 0.0
@@ -145,12 +148,15 @@ class Perturb(Control):
     rescale_mode: Rescale = "full"
     candidates: tuple[Heads, ...] | None = None
     seed: int = 0
+    preset: str | None = None
 
+    _found: ClassVar[Preset]  # of an instance with a preset
     lane: ClassVar[Lane] = Lane.OUTPUT
     innermost: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         who = type(self).__name__
+        self._settle()
         for name, kinds in (("kind", Kind), ("scope", Scope), ("rescale_mode", Rescale)):
             if getattr(self, name) not in get_args(kinds):
                 raise ControlError(f"{name} is one of {', '.join(get_args(kinds))}; not {getattr(self, name)!r}")
@@ -176,11 +182,29 @@ class Perturb(Control):
             raise ControlError(f"seed is a whole number, not {self.seed!r}")
         check_window(self.window)
 
+    def _settle(self) -> None:
+        """Where the user said nothing, the preset counts, and without one the default."""
+        own = {name: getattr(self, name) for name in ("heads", *SETTINGS)}
+        if self.preset is not None:
+            found = read_preset(self.preset)
+            told = {"heads": found.heads, **found.settings}
+            if not isinstance(self.heads, UsualText) and self.heads != found.heads:
+                raise ControlError(
+                    f"heads {self.heads!r} and preset {self.preset!r} both choose heads; give one of them"
+                )
+            own |= {name: told[name] for name in told if isinstance(own[name], (UsualNumber, UsualText))}
+            object.__setattr__(self, "_found", found)
+        for name, value in own.items():
+            plain = {UsualNumber: float, UsualText: str}.get(type(value))
+            object.__setattr__(self, name, plain(value) if plain else value)
+
     def _each_u(self) -> tuple[float, ...]:
         return tuple(self.u) if isinstance(self.u, (tuple, list)) else (self.u,)
 
     def _picked(self, available: tuple[Site, ...]) -> list[dict[Site, tuple[int, ...]]]:
         """The chosen heads: of all images, or of each."""
+        if self.preset is not None:
+            self._found.check_shape(available)
         found = [pick_heads(available, one) for one in (self.candidates or (self.heads,))]
         if self.kind in WHOLE_BLOCKS:
             for site, heads in found[0].items():
@@ -194,6 +218,8 @@ class Perturb(Control):
 
     def begin(self, run: Run) -> Weak:
         found = self._picked(discover(run.pipe))
+        if self.preset is not None:
+            self._found.check_model(run.pipe)
         each = self._each_u()
         for name, count in (("candidates", len(found)), ("values of u", len(each))):
             if count not in (1, run.images) or (
@@ -311,7 +337,7 @@ class Perturb(Control):
         if self.rescale_mode == "full" and step.rows.uncond is not None:
             assert step.prediction is not None
             plain = step.prediction[step.rows.uncond].float()
-            base = plain + float(step.run.pipe.guidance_scale) * (strong - plain)
+            base = plain + step.run.guidance_scale * (strong - plain)
         every = tuple(range(1, term.ndim))
         ratio = strong.std(every, keepdim=True) / (base + term).std(every, keepdim=True)
         return term * (self.rescale * ratio + 1 - self.rescale)
@@ -351,44 +377,3 @@ class Perturb(Control):
 
 def _number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and bool(value == value)
-
-
-# --- short names ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Pag(Perturb):
-    """Perturbed-attention guidance (arXiv 2403.17377) as diffusers has it: whole blocks, identity maps, scale 3.
-
-    On SD 3 the picture's own block of the map is masked before the softmax, as in diffusers' pipeline.
-    """
-
-    scope: Scope = "image-masked"
-
-
-@dataclass(frozen=True)
-class Seg(Perturb):
-    """Smoothed-energy guidance (arXiv 2408.00760): queries blurred over the picture, by default to their mean."""
-
-    kind: Kind = "blur"
-    scope: Scope = "image"
-
-
-@dataclass(frozen=True)
-class Slg(Perturb):
-    """Skip-layer guidance with the defaults of diffusers' SD 3 pipeline: blocks 7 to 9, early steps, scale 2.8."""
-
-    heads: Heads = "7-9"
-    scale: float = 2.8
-    kind: Kind = "skip"
-    window: tuple[float, float] = (0.01, 0.2)
-
-
-@dataclass(frozen=True)
-class Tpg(Perturb):
-    """Token-perturbation guidance (arXiv 2506.10036): tokens of the picture enter the chosen blocks in random order.
-
-    The paper takes blocks on the way down of SDXL, heads="down"; the default is ours, and right for every family.
-    """
-
-    kind: Kind = "shuffle"

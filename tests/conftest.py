@@ -25,6 +25,12 @@ def backend_of_the_process() -> Iterator[None]:
     Registry.set_active_backend(before)
 
 
+@pytest.fixture(autouse=True)
+def cache_of_the_session(monkeypatch, tmp_path_factory) -> None:
+    """Nothing of a test goes into the user's cache, and nothing comes from there."""
+    monkeypatch.setenv("ATTNCTL_CACHE", str(tmp_path_factory.getbasetemp() / "attnctl-cache"))
+
+
 @pytest.fixture
 def command(capfd, monkeypatch, tmp_path):
     """command("generate", ...) -> (exit code, lines of stdout, lines of stderr), in an empty folder."""

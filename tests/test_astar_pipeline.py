@@ -43,7 +43,7 @@ def test_a_tuple_stays_a_tuple():
 
 
 def test_errors_come_early_and_in_words():
-    with pytest.raises(TypeError, match="no setting 'strenght'"):
+    with pytest.raises(ControlError, match="no setting 'strenght'"):
         AStarPipeline(tiny.sd1(), strenght=1.0)
     astar = AStarPipeline.from_pipe(tiny.sd1())
     with pytest.raises(ControlError, match="AStar needs two phrases"):

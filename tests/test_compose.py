@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from attnctl.app import cli
 from attnctl.app.command import UsageError
-from attnctl.app.compose_command import compositions, numbers, settings, size_of
+from attnctl.app.compose_command import asked_for, numbers, settings, size_of
 from attnctl.errors import ControlError, PhraseError
 from attnctl.glyph.scenes import Renderer
 from attnctl.pipelines import Composition, PrimeComposer, compose
@@ -21,7 +21,7 @@ from attnctl.pipelines.compose_settings import PRESETS, Settings, settings_of
 from attnctl.pipelines.inversion import decode, encode
 from attnctl.pipelines.object_masks import mask_from_words
 from attnctl.pipelines.pasting import box_in, object_mask, opened, paste
-from attnctl.processors import Pag, TokenMaps
+from attnctl.processors import Excitation, Pag, Regions, TokenMaps
 
 PROMPT = "a cat and a red dog"
 LONG = dict.fromkeys(("sd3", "sd35", "flux"), {"max_sequence_length": 16})
@@ -154,10 +154,12 @@ def test_the_command_line_composes(tmp_path, capsys, monkeypatch):
     assert end.value.code == 0
     said = capsys.readouterr()
     assert "an object is 'apple'" in said.err and "latents are off by" in said.out and "MiB" in said.out
-    assert Image.open("made/a-cat-and-an-apple-0-composed.png").size == (64, 64)
-    report = json.loads((tmp_path / "made/a-cat-and-an-apple-0-report.json").read_text())
-    (only,) = report["objects"]
-    assert only["words"] == ["apple"] and only["others"] == ["cat"] and report["settings"] == {"steps": 2}
+    (made,) = (tmp_path / "made").glob("a-cat-and-an-apple-0-*-composed.png")
+    assert Image.open(made).size == (64, 64)
+    (report,) = (tmp_path / "made").glob("*-report.json")
+    told = json.loads(report.read_text())
+    (only,) = told["objects"]
+    assert only["words"] == ["apple"] and only["others"] == ["cat"] and told["steps"] == 2
 
 
 @pytest.mark.parametrize(
@@ -292,10 +294,50 @@ def test_objects_go_in_one_after_the_other():
 
 def test_each_object_has_its_box():
     with pytest.raises(UsageError, match="--box is given 1 times for 2 objects"):
-        compositions(Path("b.png"), "a cat", [Path("o.png")] * 2, ["0,0,1,1"], [], [], None, 0)
+        asked_for(Path("b.png"), [Path("o.png")] * 2, ["0,0,1,1"], [], [], None)
     with pytest.raises(UsageError, match="--mask is given 1 times for 2 objects"):
-        compositions(Path("b.png"), "a cat", [Path("o.png")] * 2, ["0,0,1,1"] * 2, ["m.png"], [], None, 0)
-    one, two = compositions(
-        Path("b.png"), "a cat", [Path("o.png")] * 2, ["0,0,1,1"] * 2, ["alpha", "m.png"], ["a, b", "c"], ("d",), 3
-    )
-    assert (one.mask, two.mask, one.words, two.words, two.seed) == (None, "m.png", ("a", "b"), ("c",), 3)
+        asked_for(Path("b.png"), [Path("o.png")] * 2, ["0,0,1,1"] * 2, ["m.png"], [], None)
+    made = asked_for(Path("b.png"), [Path("o.png")] * 2, ["0,0,1,1"] * 2, ["alpha", "m.png"], ["a, b", "c"], ("d",))
+    one, two = made.compositions("a cat", 3)
+    assert (one.mask, Path(two.mask).name, one.words, two.words, two.seed) == (None, "m.png", ("a", "b"), ("c",), 3)
+    assert Path(made.placed(Path("/x")).background) == Path("/x/b.png") and one.others == ("d",)
+
+
+def test_a_lora_acts_in_inversion_and_drawing(tmp_path):
+    """Other LoRAs are other inversions; without it, all is as before."""
+    peft = pytest.importorskip("peft")
+    donor = tiny.sd1()
+    settings = {"r": 4, "target_modules": ["to_q", "to_k", "to_v"], "init_lora_weights": False}
+    donor.unet.add_adapter(peft.LoraConfig(**settings))
+    layers = peft.utils.get_peft_model_state_dict(donor.unet)
+    type(donor).save_lora_weights(tmp_path, unet_lora_layers=layers)
+    pipe = tiny.sd1()
+    composer = PrimeComposer(pipe, steps=2)
+
+    def made():
+        return composer(**vars(asked()), size=(48, 32))
+
+    plain = made()
+    pipe.load_lora_weights(tmp_path, adapter_name="one")
+    with_it = made()
+    assert with_it.passes["inversion"] == 4 and with_it.picture.tobytes() != plain.picture.tobytes()
+    pipe.delete_adapters("one")
+    again = made()
+    assert again.passes["inversion"] == 0 and again.picture.tobytes() == plain.picture.tobytes()
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd3", "flux"])
+def test_regions_and_segregation_act_beside_it(family):
+    """What other controls say holds, too: the picture is another one, and outside of the box it is the background."""
+    pipe = tiny.FAMILIES[family]()
+    composer = PrimeComposer(pipe, steps=2, start=0.0)
+    plain = composer(**vars(asked()), size=(48, 32), **LONG.get(family, {}))
+    seen = {plain.picture.tobytes()}
+    for control in (Regions({"cat": (0, 0, 0.5, 1)}, inside=0.0), Excitation("cat", look_ahead=0, window=(0, 1))):
+        made = composer(**vars(asked()), size=(48, 32), controls=[control], **LONG.get(family, {}))
+        seen.add(made.picture.tobytes())
+        left, top, right, bottom = made.box
+        outside = np.asarray(made.picture, int) - np.asarray(plain.picture)
+        outside[max(0, top - 8) : bottom + 8, max(0, left - 8) : right + 8] = 0  # the decoder sees a little around
+        assert np.abs(outside).max() <= 1
+    assert len(seen) == 3

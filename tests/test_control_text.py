@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 
 from attnctl.app.control_text import ControlTextError, describe, parse_control, write_control
+from attnctl.errors import ControlError
 
 if TYPE_CHECKING:
     from attnctl.engine.sites import Selection
@@ -174,7 +175,7 @@ def test_errors_are_one_short_line_that_names_the_nearest():
         assert said in str(error.value) and len(str(error.value)) < 300, str(error.value)
     from attnctl.processors import AStar
 
-    with pytest.raises(TypeError, match="no setting 'segregaton'; did you mean segregation"):
+    with pytest.raises(ControlError, match="no setting 'segregaton'; did you mean segregation"):
         AStar("cat", "dog", segregaton=1)
 
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +20,9 @@ from attnctl.errors import ControlError
 from attnctl.glyph.objective import FLOOR, Shown, things, usual_prompts
 from attnctl.pipelines import HeadHunter
 from attnctl.pipelines.head_bench import Item, LoggedBench, opened
+from attnctl.pipelines.head_grid import HARMS, HELPS, INK, NOTHING, UNSURE, colour_of, head_grid
 from attnctl.pipelines.head_hunter import Found
-from attnctl.pipelines.head_race import UNSEEN, Case, _most_arms, cases, greedy, race, rank
+from attnctl.pipelines.head_race import UNSEEN, Case, Rank, _most_arms, cases, greedy, race, rank, together
 from attnctl.processors import Perturb
 
 SITES = {str(block): [f"{block}:{head}" for head in range(4)] for block in range(6)}
@@ -166,8 +171,15 @@ def test_a_budget_that_is_too_small_says_what_is_needed(method):
 
 def test_no_search_has_more_sets_in_its_race_than_the_least_budget_is_for():
     assert _most_arms([4]) == 3  # its half, and itself
-    assert _most_arms([4] * 10) == 21  # nine sites stay; five are good, with all heads that stay but one in each other
+    assert _most_arms([4] * 10) == 15  # five to ten sites stay; three are good, with all of their heads
     assert _most_arms([1]) == 2
+
+
+def test_the_best_set_is_tried_with_those_of_other_sites():
+    site_of = {"2": "2", "2:1": "2", "4:0": "4", "4:1": "4", "5": "5"}
+    assert together("2", ["2", "4:0", "2:1", "4:1", "5"], site_of) == ["2 4:0", "2 4:0 5", "2:1 4:0"]
+    assert together("2:1", ["2:1", "2"], site_of) == []
+    assert together("2:1", ["2:1", "4:0"], site_of) == ["2:1 4:0"]
 
 
 def test_cases_differ():
@@ -364,3 +376,80 @@ def test_the_command_searches_by_a_function_of_ones_own_and_goes_on(command, tmp
     assert Path("heads.scores.jsonl").read_text() == log
     code, _, err = command(*words, "--budget", least, "-u", "0.5")
     assert code == 2 and "a search with another u; move it away" in err[-1]
+
+
+# --- processes, cost, picture -----------------------------------------------------------------------------------------
+
+
+def test_two_processes_find_what_one_finds(tmp_path):
+    one = hunter(tiny.sd1()).hunt(800, log=tmp_path / "one.jsonl")
+    two = hunter(tiny.sd1()).hunt(800, log=tmp_path / "two.jsonl", devices=["cpu", "cpu"])
+    assert two.to_dict() == one.to_dict()
+    assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
+
+
+@pytest.mark.slow  # three processes that import torch
+def test_a_search_that_is_killed_goes_on_to_the_same_result(tmp_path):
+    tiny.sd1().save_pretrained(tmp_path / "model")
+    (tmp_path / "own.py").write_text(
+        "import time\n\ndef red(pictures, prompts):\n    time.sleep(0.2)\n"
+        "    return [float(p.getpixel((0, 0))[0]) for p in pictures]\n"
+    )
+    (tmp_path / "prompts.txt").write_text("cat\ndog\n")
+
+    def start(name, *more):
+        words = ("search", "heads", "--model", "model", "--objective", "own:red", "--prompts", "prompts.txt")
+        words += ("--heads", "0 2", "--steps", "1", "--batch", "8", "--budget", "600", "--out", name, *more)
+        return subprocess.Popen([sys.executable, "-m", "attnctl", *words], cwd=tmp_path, env=environment)
+
+    root = str(Path(__file__).parent.parent)
+    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    assert start("whole.json").wait(600) == 0
+    log, lines = tmp_path / "cut.scores.jsonl", []
+    for number, more in enumerate([(), ("--device", "cpu,cpu")]):  # the second time with its processes
+        process = start("cut.json", *more)
+        while process.poll() is None and len(lines) < 4 * number + 4:
+            time.sleep(0.05)
+            lines = log.read_text().splitlines() if log.exists() else []
+        assert process.poll() is None
+        process.kill()
+        process.wait()
+        assert not (tmp_path / "cut.json").exists()
+    assert start("cut.json").wait(600) == 0
+    assert (tmp_path / "cut.json").read_text() == (tmp_path / "whole.json").read_text()
+
+
+def test_what_cannot_be_sent_to_a_process_is_said(tmp_path):
+    with pytest.raises(ControlError, match="cannot be sent to other processes"):
+        hunter(tiny.sd1(), lambda pictures, prompts: bright(pictures, prompts)).hunt(800, devices=["cpu", "cpu"])
+
+
+def test_what_a_candidate_costs_is_told_against_full_passes():
+    searched = hunter(tiny.sd1())
+    assert searched.saved("2") is None
+    searched.drawer([Item("6", 0, 0, 2), Item("6", 1, 1, 2)])
+    spent = searched.drawer.cost
+    assert (spent.steps, spent.full) == (4, 8) and 4 < spent.passes < 8
+    alone = searched.drawer.alone([Item("6", 0, 0, 2)])
+    assert (alone.steps, alone.passes, alone.full) == (2, 4, 4)
+    saved = searched.saved("6")
+    assert saved.passes == spent.passes / spent.full and 0 < saved.time
+    assert f"passes {saved.passes:.2f}" in str(saved)
+
+
+def test_the_picture_tells_gain_by_colour_and_certainty_by_its_strength():
+    gain, loss, none = (Rank("0:0", "race", value, 0.001, 9) for value in (0.3, -0.3, 0.0))
+    assert (colour_of(gain, 0.3), colour_of(loss, 0.3), colour_of(none, 0.3)) == (HELPS, HARMS, NOTHING)
+    unsure = [sum(colour_of(Rank("0:0", "race", 0.2, error, 9), 0.3)) for error in (0.01, 0.2, 1.0, float("nan"))]
+    assert unsure == sorted(unsure) and unsure[-1] == sum(UNSURE)
+    ranks = [
+        gain,
+        Rank("0", "screen", -0.3, 0.001, 9),
+        Rank("1:1", "prune", 0.01, 0.0, 9),
+        Rank("0:0 0:1", "final", 9.0, 0.1, 9),
+    ]
+    page = np.asarray(head_grid(ranks, "0:1"))
+    seen = {tuple(pixel) for pixel in page.reshape(-1, 3).tolist()}
+    assert {HELPS, HARMS, NOTHING, INK} <= seen
+    wide = head_grid([Rank(f"{block}:{head}", "race", 0.1, 0.1, 9) for block in range(24) for head in range(24)], "3:1")
+    assert wide.width > 24 * 24 and wide.height > 24 * 24

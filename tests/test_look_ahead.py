@@ -165,3 +165,16 @@ def test_by_default_a_picture_that_will_be_sound_is_left_alone(monkeypatch):
             assert torch.equal(tiny.draw(pipe, ["a cat and a dog"], steps=3), plain)
         with attach(pipe, kind("cat", "dog", preset="always")):
             assert not torch.equal(tiny.draw(pipe, ["a cat and a dog"], steps=3), plain)
+
+
+def test_guidance_of_a_pipeline_that_keeps_its_scale_to_itself():
+    """PixArt's is an argument of the call alone."""
+    weak, strong = (ahead_and_there(tiny.pixart(), guidance_scale=g) for g in (1.5, 9.0))
+    assert (weak[0].latents - strong[0].latents).abs().max() > 0.01
+    for found, control in (weak, strong):
+        there = control.latents[3]
+        torch.testing.assert_close(found.latents, there, atol=1e-5 * float(there.abs().max()), rtol=1e-4)
+    pipe, spy = tiny.pixart(), Ahead("cat", "dog")
+    with attach(pipe, spy) as run:
+        tiny.draw(pipe, ["a cat and a dog", "a dog and a cat"], steps=STEPS, guidance_scale=3.5)
+    assert run.run.guidance_scale == 3.5

@@ -12,8 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnctl
 from attnctl import attach
+from attnctl.engine.run import NO_WORDS
 from attnctl.errors import ControlError, PhraseError
 from attnctl.maps.recorder import TokenMaps
+from attnctl.processors import Excitation, Regions
 
 TEXTS = ["a cat and a red dog", "a dog and a backpack"]
 T5_OFFSET = {"sd3": 77, "sd35": 77, "flux": 0}
@@ -182,8 +184,6 @@ def test_words_of_embeddings_must_be_told(pipes):
     pipe = pipes["sd1"]
     embeds, negative = pipe.encode_prompt("a cat and a dog", "cpu", 1, True)
     settings = {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
-    with attach(pipe, TokenMaps()), pytest.raises(PhraseError, match="prompt="):
-        tiny.draw(pipe, None, **settings)
     with attach(pipe, TokenMaps("cat"), prompt="a cat and a dog") as run:
         tiny.draw(pipe, None, **settings)
     told = run.maps["cat"]
@@ -200,3 +200,84 @@ def test_the_picture_of_maps(pipes):
     assert run.maps.overlay("dog", pictures[1], image=1).size == pictures[1].size == (48, 32)
     wide, narrow = run.maps.picture(pictures), run.maps.picture(pictures, ["dog"])
     assert wide.height == narrow.height and wide.width > 2 * narrow.width
+
+
+NEGATIVES = {**tiny.FAMILIES, "pixart": tiny.pixart, "chroma": tiny.chroma}
+
+
+def guided(family: str, negative: Any) -> dict[str, Any]:
+    scale = "true_cfg_scale" if family == "flux" else "guidance_scale"
+    return {scale: 4.0, "negative_prompt": negative, "steps": 1}
+
+
+@pytest.mark.parametrize("family", NEGATIVES)
+@pytest.mark.parametrize("few", [0, 512])
+def test_maps_of_the_negative_prompt(family, few, monkeypatch):
+    """At the first step, negative and prompt give the maps that they give in each other's place."""
+    monkeypatch.setattr("attnctl.maps.probabilities.FEW", few)
+    pipe, other = NEGATIVES[family](), ["a blue cat", "a red and blue dog"]
+    with attach(pipe, TokenMaps("cat", "red", "dog")) as swapped:
+        tiny.draw(pipe, TEXTS, **guided(family, other))
+    with attach(pipe, TokenMaps("blue", "negative:cat", "negative:red dog", keep=("step", "layer"))) as run:
+        tiny.draw(pipe, other, **guided(family, TEXTS))
+    assert run.maps.words == ("blue", "negative:cat", "negative:red dog") and run.maps.steps == (0,)
+    want = swapped.maps
+    torch.testing.assert_close(run.maps["negative:cat"], want["cat"], atol=1e-5, rtol=1e-3)
+    assert not run.maps["negative:cat"][1].any() and run.maps["negative:cat"][0].any()
+    torch.testing.assert_close(run.maps["negative:red dog"][0], (want["red"] + want["dog"])[0], atol=1e-5, rtol=1e-3)
+    layer = run.maps.layers[-1]
+    assert run.maps.get("negative:cat", "max", step=0, layer=layer)[0].max() == 1.0
+    with attach(pipe, TokenMaps("negative:cat")) as alone:
+        tiny.draw(pipe, other, **guided(family, TEXTS))
+    torch.testing.assert_close(alone.maps["negative:cat"], want["cat"], atol=1e-5, rtol=1e-3)
+
+
+def test_phrases_of_a_negative_prompt_that_is_not_there(pipes):
+    pipe = pipes["sd1"]
+    for settings, said in (
+        ({"negative_prompt": "a dog"}, "negative prompt: 'cat' is not in the prompt; its words are: a, dog"),
+        ({}, "negative prompt: 'cat' is not in the prompt; the prompt has no words"),
+        ({"negative_prompt": "a cat", "guidance_scale": 1.0}, "no negative prompt in words"),
+    ):
+        with attach(pipe, TokenMaps("negative:cat")), pytest.raises(PhraseError, match=said):
+            tiny.draw(pipe, **settings)
+    with attach(pipes["flux"], TokenMaps("negative:cat")), pytest.raises(PhraseError, match="no negative prompt"):
+        tiny.draw(pipes["flux"])
+    with attach(pipe, TokenMaps("cat")) as run:
+        tiny.draw(pipe, negative_prompt="a dog")
+    with pytest.raises(PhraseError, match=r"name it, as TokenMaps\('negative:dog'\)"):
+        run.maps["negative:dog"]
+    with attach(pipe, Regions({"negative:cat": (0, 0, 0.5, 1)})), pytest.raises(PhraseError, match="TokenMaps records"):
+        tiny.draw(pipe, negative_prompt="a cat")
+    with attach(pipe, Excitation("negative:cat")), pytest.raises(PhraseError, match="TokenMaps records"):
+        tiny.draw(pipe, negative_prompt="a cat")
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@torch.no_grad()
+def test_maps_of_embeddings_whose_words_nobody_told(pipes, family, monkeypatch):
+    """The picture is drawn, with a warning and no maps; phrases that were named are an error."""
+    pipe = pipes[family]
+    limit = {} if hasattr(pipe, "unet") else {"max_sequence_length": 16}
+    encoded = pipe.encode_prompt(tiny.TEXT, prompt_2=None, **limit) if family == "flux" else None
+    if family == "flux":
+        embeds = {"prompt_embeds": encoded[0], "pooled_prompt_embeds": encoded[1]}
+    else:
+        more = {"prompt_2": None} if family != "sd1" else {"num_images_per_prompt": 1, "device": "cpu"}
+        more |= {"prompt_3": None, **limit} if family.startswith("sd3") else {}
+        encoded = pipe.encode_prompt(tiny.TEXT, do_classifier_free_guidance=True, **more)
+        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        embeds = dict(zip(names, encoded, strict=False))
+    plain = tiny.draw(pipe)
+    told: list[str] = []
+    monkeypatch.setattr(
+        "attnctl.maps.recorder.warnings.warn", lambda text, kind, **_: told.append(f"{kind.__name__} {text}")
+    )
+    with attach(pipe, TokenMaps()) as run:
+        assert torch.equal(tiny.draw(pipe, None, **embeds), plain)
+    assert told == [f"AttnctlWarning there are no maps: {NO_WORDS}"]
+    assert run.maps.words == ()
+    with pytest.raises(PhraseError, match=r"say what they mean: attach\(\.\.\., prompt=\.\.\.\)"):
+        run.maps["cat"]
+    with attach(pipe, TokenMaps("cat")), pytest.raises(PhraseError, match="say what they mean"):
+        tiny.draw(pipe, None, **embeds)

@@ -125,3 +125,10 @@ def test_the_pipeline_of_a_star():
     output = scope["output"]
     assert output.subjects == ("red car", "cat")
     assert len(output.report.traces) == 1
+
+
+@pytest.mark.slow
+def test_composition_of_the_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(block("PrimeComposer"), scope := {"attnctl": attnctl})
+    assert scope["made"].words == ("red car",) and (tmp_path / "composed.png").exists()

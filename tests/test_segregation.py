@@ -32,7 +32,7 @@ def test_settings_out_of_range():
     ):  # fmt: skip
         with pytest.raises(ControlError):
             Segregation("cat", "dog", **settings)
-    with pytest.raises(TypeError, match="no setting 'strenght'; did you mean strength"):
+    with pytest.raises(ControlError, match="no setting 'strenght'; did you mean strength"):
         Segregation("cat", "dog", strenght=1.0)
     one = Segregation("cat", ("cat", "dog"), strength=0.5)
     assert one.phrases == ("cat", ("cat", "dog")) and one == Segregation("cat", ("cat", "dog"), strength=0.5)

@@ -231,6 +231,8 @@ def test_a_batch_that_is_closed_stops(service, tmp_path):
         ("prompt: a cat\ncontrols: 'perturb(heads=x.json)'", "no files"),
         ("prompt: a cat\nproduct: {seed: [%s]}" % ", ".join(map(str, range(200))), "at most 100"),  # noqa: UP031
         ("promt: a cat", "jobs.yaml"),
+        ("prompt: a cat\ncompose: {background: b.png, object: o, box: [0, 0, 1, 1]}", "no files"),
+        ("prompt: a cat\ncompose: {background: /etc/hosts, object: /etc/hosts, box: [0, 0, 1, 1]}", "no files"),
     ],
 )
 def test_a_batch_that_asks_for_too_much_is_one_line(service, tmp_path, row, said):

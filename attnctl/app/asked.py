@@ -80,7 +80,7 @@ def control_of(text: str) -> "Control":
 
 
 def without_files(text: str) -> str:
-    """The control's text for the recipe: heads and masks that stand in files are written out, since files change.
+    """The control's text for the recipe: heads, presets and masks in files are written out, since files change.
 
     Whatever is wrong with the control, is told.
     """
@@ -90,6 +90,8 @@ def without_files(text: str) -> str:
     for file in files_of(getattr(control, "heads", ())):
         heads = read_heads(Path(file).expanduser())
         text = text.replace(file, " ".join(map(str, heads)) if isinstance(heads, tuple) else str(heads))
+    if str(getattr(control, "preset", None)).endswith(".json"):
+        text = _without_preset(text, control)
     for _, region in getattr(control, "masks", ()):
         if region.file is not None:
             from attnctl.regions import written
@@ -97,6 +99,17 @@ def without_files(text: str) -> str:
             place = rf"""([:,]\s*)(["']?){re.escape(region.file)}\2(?=\s*[])}},])"""
             text = re.sub(place, rf"\1'{written(region.file)}'", text)
     return text
+
+
+def _without_preset(text: str, control: "Control") -> str:
+    from attnctl.app.control_text import parts_of
+
+    name, phrases, settings = parts_of(text)
+    del settings["preset"]
+    for one in ("heads", "u", "scale", "kind", "scope"):
+        value = getattr(control, one)
+        settings.setdefault(one, f"[{', '.join(map(repr, value))}]" if isinstance(value, tuple) else repr(value))
+    return f"{name}({', '.join([*phrases, *(f'{one}={value}' for one, value in settings.items())])})"
 
 
 def open_model(

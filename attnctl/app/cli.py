@@ -249,23 +249,29 @@ def reproduce(
 
     Exit code 0: identical. 1: it differs; what is not as it was is told on stderr.
     """
-    from attnctl.app import drawing, recipe
+    from attnctl.app import composing, drawing, recipe
     from attnctl.app.bars import bars
 
     picture, known = recipe.read(image)
     if out is not None:
         check_writable(out)
     controls = [control_of(text) for text in known.controls]
+    composition = None if known.compose is None else composing.of_recipe(known)
     with bars() as bar:
         pipe = open_model(model or known.model, device or known.device, known.dtype, bar, known.threads)
         used = {"model": model or known.model, "weights": recipe.weights_hash(pipe), **surroundings(pipe)}
-        used["sampler"] = recipe.sampler_of(pipe)
+        used["sampler"] = None if composition else recipe.sampler_of(pipe)
         changes = known.differences(recipe.installed_versions(), used["weights"])
-        drawings = {
-            kind: drawing.draw(pipe, known, controls if kind == "controlled" else [], kind, bar)
-            for kind in drawing.needed(known)
-        }
-    again = drawing.pictures(drawings, known)[known.shows]
+        if composition is not None:
+            changes += composition.changes
+            size = (known.width, known.height) if known.width and known.height else None
+            again = composing.composed(pipe, composition, size, known.negative, controls, bar)[-1].picture
+        else:
+            drawings = {
+                kind: drawing.draw(pipe, known, controls if kind == "controlled" else [], kind, bar)
+                for kind in drawing.needed(known)
+            }
+            again = drawing.pictures(drawings, known)[known.shows]
     for line in changes:
         tell(line)
     if out is not None:

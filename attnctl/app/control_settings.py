@@ -98,7 +98,9 @@ def _kind(name: str, default: Any, hint: Any) -> Kind:
     if get_origin(hint) is Literal:
         return "choice"
     kinds: dict[type, Kind] = {bool: "switch", int: "whole", float: "number"}
-    return "text" if default == float("inf") else kinds.get(type(default), "text")
+    if default == float("inf"):
+        return "text"
+    return next((kinds[base] for base in type(default).__mro__ if base in kinds), "text")
 
 
 def _most(cls: type, sample: str, name: str, default: float) -> float:

@@ -56,11 +56,15 @@ class Recipe:
     versions: dict[str, str]
     sampler: str | None = None  # as other tools call it, see `sampler_of`
     together: int = 1  # pictures of the batch it was drawn in; other sizes round in other ways
-    shows: str = "controlled"  # plain | controlled | maps | comparison
+    shows: str = "controlled"  # plain | controlled | maps | comparison | composed
     pixels: str | None = None  # pixel_hash of the picture that carries this recipe
+    compose: dict[str, Any] | None = None  # what went into which picture, see `composing`
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False, sort_keys=True)
+        told = asdict(self)
+        if self.compose is None:
+            del told["compose"]  # so that drawings are named as they always were
+        return json.dumps(told, ensure_ascii=False, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
@@ -71,7 +75,7 @@ class Recipe:
         """
         try:
             content = json.loads(text)
-            content = {"sampler": None, "together": 1} | content  # older recipes do not tell them
+            content = {"sampler": None, "together": 1, "compose": None} | content  # older recipes do not tell them
             recipe = cls(**{field.name: content[field.name] for field in fields(cls)})
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise RecipeError(f"the recipe cannot be read: {type(error).__name__} {error}") from None
@@ -80,6 +84,8 @@ class Recipe:
                 raise RecipeError(f"the recipe cannot be read: {name} is {content[name]!r:.40}, not {wanted}")
         if recipe.shows == "maps" and not recipe.maps:
             raise RecipeError("the recipe cannot be read: it shows maps, but of no word")
+        if (recipe.shows == "composed") != (recipe.compose is not None):
+            raise RecipeError("the recipe cannot be read: what is composed stands with a composition alone")
         return replace(recipe, controls=tuple(recipe.controls), maps=tuple(recipe.maps))
 
     def digest(self) -> str:
@@ -129,7 +135,8 @@ _HOLDS: dict[str, tuple[_Fits, str]] = {
     "threads": (lambda value: _whole(value, 1, THREADS), f"a whole number from 1 to {THREADS}"),
     "guidance": (lambda value: value is None or _number(value), "a number from 0 up, or null"),
     "versions": (lambda value: isinstance(value, dict) and _texts(list(value.values())), "texts by name"),
-    "shows": (lambda value: value in ("plain", "controlled", "maps", "comparison"), "a kind of picture"),
+    "shows": (lambda value: value in ("plain", "controlled", "maps", "comparison", "composed"), "a kind of picture"),
+    "compose": (lambda value: value is None or isinstance(value, dict), "what is composed, or null"),
 }
 """What each field of a recipe holds, and how that is called."""
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from attnctl.app.command import DEVICE_HELP, MODEL_HELP, UsageError, check_writable, plain, tell
+from attnctl.app.command import MODEL_HELP, UsageError, check_writable, plain, tell
+from attnctl.app.search_objectives import HELP, objective_of
 
 if TYPE_CHECKING:
     from attnctl.pipelines.head_bench import Progress
@@ -35,8 +33,9 @@ def heads(
     prompts: Annotated[Path | None, typer.Option(help="A file, one prompt a line; glyph-sd has its own.")] = None,
     objective: Annotated[
         str | None,
-        typer.Option(help="module:function, from pictures and prompts to scores; glyph-sd has the judge."),
+        typer.Option(help=f"What is to be high: {HELP}"),
     ] = None,
+    style: Annotated[str | None, typer.Option(help='Draw "STYLE, prompt": heads of a style.')] = None,
     method: Annotated[str, typer.Option(help="race, ours, or greedy, the paper's.")] = "race",
     rounds: Annotated[int, typer.Option(help="Of greedy.", min=1)] = 1,
     each: Annotated[int, typer.Option(help="Of greedy: how many heads a round adds.", min=1)] = 3,
@@ -45,13 +44,16 @@ def heads(
     scale: Annotated[float, typer.Option(help="Weight of the difference.")] = 3.0,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0,
     batch: Annotated[int, typer.Option(help="Pictures drawn together.", min=1)] = 16,
-    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", "--devices", help="cpu, cuda, ...; several, as in cuda:0,cuda:1, draw side by side."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the processor.")] = None,
 ) -> None:
-    """Find the attention heads whose perturbation helps, and write a file that the control perturb reads.
+    """Find the attention heads whose perturbation helps, and write a preset for the control perturb.
 
     - attnctl search heads --model glyph-sd --budget 20000 --out heads.json
-    - attnctl generate 'a cat' --control 'perturb(heads=heads.json)'
+    - attnctl generate 'a cat' --control 'perturb(preset=heads.json)'
 
     Scores are kept beside the file as they come: a search that was stopped, in whatever way, goes on from there when it
     is started again.
@@ -61,19 +63,21 @@ def heads(
     check_writable(out.parent)
     if model != "glyph-sd" and (objective is None or prompts is None):
         raise UsageError(f"--model {model} needs --objective and --prompts; only glyph-sd has its own")
-    texts = _lines(prompts) if prompts is not None else None
-    score = _named(objective) if objective is not None else None
+    texts = _lines(prompts) if prompts is not None else []
     from attnctl.app.asked import open_model
     from attnctl.app.bars import bars, paused
-    from attnctl.glyph.objective import Shown, usual_prompts
+    from attnctl.glyph.objective import usual_prompts
     from attnctl.pipelines.head_hunter import HeadHunter
+    from attnctl.pipelines.head_objectives import styled
 
+    devices = [one.strip() for one in (device or "").split(",")]
+    texts = texts or usual_prompts()
     with bars() as bar:
-        pipe = open_model(model, device, "float32", bar, threads)
+        pipe = open_model(model, devices[0] or None, "float32", bar, threads)
         hunter = HeadHunter(
             pipe,
-            score or Shown(),
-            texts or usual_prompts(),
+            objective_of(objective or "judge", str(pipe.device)),
+            styled(style, texts) if style is not None else texts,
             heads=where,
             steps=steps,
             u=strength,
@@ -81,7 +85,7 @@ def heads(
             call={"guidance_scale": guidance},
             batch=batch,
             model=model,
-            objective_name=objective,
+            objective_name=objective or "judge",
         )
         task = bar.add_task("searching", total=budget)
 
@@ -90,13 +94,25 @@ def heads(
             bar.update(task, completed=now.spent, description=f"{now.stage}{left}")
 
         log = out.with_name(f"{out.stem}.scores.jsonl")
-        found = hunter.hunt(budget, method=method, rounds=rounds, each=each, log=log, progress=show)  # type: ignore[arg-type]
+        many = devices if len(devices) > 1 else ()
+        found = hunter.hunt(
+            budget,
+            method=method,  # type: ignore[arg-type]
+            rounds=rounds,
+            each=each,
+            log=log,
+            devices=many,
+            progress=show,
+        )
         found.save(out)
+        saved = hunter.saved(found.heads)
         with paused(bar):
             for one in found.ranks[:SHOWN]:
                 print(one)
             print(f"heads {plain(found.heads)} (u {found.u:g}, scale {found.scale:g}), {found.spent} forward passes")
-            print(plain(out), flush=True)
+            print(plain(out), plain(out.with_suffix(".png")), sep="\n", flush=True)
+    if saved is not None:
+        tell(str(saved))
     if not found.sure:
         tell("on unseen seeds these heads gain less than two standard errors; a larger budget may tell more")
 
@@ -106,21 +122,3 @@ def _lines(path: Path) -> list[str]:
     if not lines:
         raise UsageError(f"--prompts {path} holds no prompt")
     return lines
-
-
-def _named(text: str) -> Callable[..., Any]:
-    """The function of "module:function"; modules of the current folder are found."""
-    module, colon, name = text.partition(":")
-    if not colon:
-        raise UsageError(f"--objective {text}: write it as module:function")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
-        raise UsageError(f"--objective {text}: {error}") from None
-    finally:
-        sys.path.pop(0)
-    if not callable(found):
-        raise UsageError(f"--objective {text}: {module} has no function {name!r}")
-    wanted: Callable[..., Any] = found
-    return wanted

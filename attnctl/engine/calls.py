@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def guided(pipe: Any, words: dict[str, Any] | None) -> bool:
         return False
 
 
-def texts(words: dict[str, Any] | None, given: str | list[str] | None, images: int) -> Texts:
+def texts(words: Mapping[str, Any] | None, given: str | list[str] | None, images: int) -> Texts:
     """One text per image for each prompt argument.
 
     Args:
@@ -88,6 +89,27 @@ def texts(words: dict[str, Any] | None, given: str | list[str] | None, images: i
             raise ControlError(f"{len(each)} texts for {name} do not fit {images} images")
         result[name] = [one for one in each for _ in range(images // len(each))]
     return result
+
+
+def negatives(words: Sequence[dict[str, Any]], halved: bool, images: int) -> Texts:
+    """One negative text per image for each prompt argument; none where there is no guidance, or nobody told.
+
+    Args:
+        words: arguments of each call of `encode_prompt`. FLUX encodes its negative prompt in a second call.
+        halved: the pipeline runs classifier-free guidance, see `guided`.
+        images: how many pictures there are.
+    """
+    if len(words) > 1:
+        own = words[1]
+    elif words and halved and words[0].get("negative_prompt_embeds") is None:
+        own = {name: words[0].get(f"negative_{name}") for name in PROMPTS}
+        own["prompt"] = own["prompt"] or ""
+    else:
+        return {}
+    try:
+        return texts(own, None, images)
+    except ControlError:  # a loop by hand has encoded something else
+        return {}
 
 
 def _check_plain(given: str | list[str] | None) -> None:
@@ -128,9 +150,15 @@ def cropped(pipe: Any, asked: dict[str, Any], picture: tuple[int, int]) -> dict[
 
 
 def start_run(
-    family: Family, pipe: Any, denoiser: Any, arguments: dict[str, Any], words: dict[str, Any] | None, given: Any
+    family: Family, pipe: Any, denoiser: Any, arguments: dict[str, Any], told: Sequence[dict[str, Any]], given: Any
 ) -> Run:
-    """The run that a denoiser call opens."""
+    """The run that a denoiser call opens.
+
+    Args:
+        told: arguments of each call of `encode_prompt`, in order.
+        given: what the caller of `attach` said that embeddings mean.
+    """
+    words = told[0] if told else None  # the second, if any, is FLUX's negative prompt
     sample = arguments[family.sample]
     total = sample.shape[0]
     halved = guided(pipe, words)
@@ -152,6 +180,7 @@ def start_run(
         latent_size=family.latent_size(denoiser, sample, arguments),
         steps=steps,
         texts=texts(words, given, images),
+        negatives=negatives(told, halved, images),
         max_sequence_length=(words or {}).get("max_sequence_length"),
         text_rows=text.shape[1] if isinstance(text := arguments.get(family.text), Tensor) else None,
         start=start,

@@ -7,6 +7,7 @@ Controls are frozen dataclasses of settings. Whatever changes while a picture is
 from __future__ import annotations
 
 import enum
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from attnctl.engine.run import Run, Step
 from attnctl.engine.sites import Site
-from attnctl.errors import ControlError
+from attnctl.errors import ControlError, instead
 
 
 class Lane(enum.Enum):
@@ -110,8 +111,42 @@ class AttentionCall:
 Proceed = Callable[[AttentionCall], Tensor]
 
 
-class Control:
-    """Base of all controls. Subclass as a frozen dataclass, name a lane, override what you need."""
+class _Checked(type):
+    """Has a control say in one line which setting it does not know, or lacks."""
+
+    def __call__(cls, *args: Any, **settings: Any) -> Any:
+        signature = cls.__signature__
+        try:
+            signature.bind(*args, **settings)
+        except TypeError as error:
+            known = [name for name, one in signature.parameters.items() if one.kind is not one.VAR_POSITIONAL]
+            for name in settings:
+                if name not in signature.parameters:
+                    raise ControlError(f"{cls.__name__} has no setting {name!r}; {instead(name, known)}") from None
+            raise ControlError(f"{cls.__name__}: {error}; its settings are {', '.join(known)}") from None
+        return super().__call__(*args, **settings)
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """How it is called: else `inspect` would show the arguments of `__call__` above."""
+        if (told := vars(cls).get("_told")) is not None:
+            return told
+        made = vars(next(base for base in cls.__mro__ if "__init__" in vars(base)))["__init__"]
+        if made is object.__init__:
+            return inspect.Signature()
+        own = inspect.signature(made)
+        return own.replace(parameters=[*own.parameters.values()][1:])
+
+    @__signature__.setter
+    def __signature__(cls, told: inspect.Signature) -> None:
+        cls._told = told
+
+
+class Control(metaclass=_Checked):
+    """Base of all controls. Subclass as a frozen dataclass, name a lane, override what you need.
+
+    Making one raises ControlError for a setting that it does not know, or lacks.
+    """
 
     lane: ClassVar[Lane] = Lane.IDENTITY
     innermost: ClassVar[bool] = False  # comes after those that edit queries, keys, values or logits, however listed

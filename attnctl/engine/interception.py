@@ -214,11 +214,12 @@ class Interception:
                 f"{who} drew without calling encode_prompt, so its rows cannot be told apart"
             )
         given = next((a.prompt for a in target.attachments if a.prompt is not None), None)
-        words = self.words[0] if self.words else None  # the second, if any, is FLUX's negative prompt
         self.solved = 0
         self.installed.reseat()
-        run = calls.start_run(target.family, target.pipe, target.model, arguments, words, given)
-        return replace(run, **calls.cropped(target.pipe, self.asked, run.picture))
+        run = calls.start_run(target.family, target.pipe, target.model, arguments, self.words or [], given)
+        told = _local(target.pipe, "guidance_scale")  # PixArt keeps it to itself
+        guidance = float(told) if isinstance(told, int | float) else None
+        return replace(run, told_guidance=guidance, **calls.cropped(target.pipe, self.asked, run.picture))
 
     def _close(self, step: Step, output: Any) -> Any:
         """The denoiser's output after the controls have had their say."""
@@ -301,9 +302,19 @@ def _drawing(own: Any) -> Any:
 
 def _calling() -> Iterator[Any]:
     """The pipelines that are in the middle of a call in this thread, innermost first."""
+    yield from (frame.f_locals["self"] for frame in _frames())
+
+
+def _local(pipe: Any, name: str) -> Any:
+    """What a local variable holds in the call of this pipeline in this thread; None if there is none."""
+    return next((frame.f_locals.get(name) for frame in _frames() if frame.f_locals["self"] is pipe), None)
+
+
+def _frames() -> Iterator[Any]:
+    """The frames of pipeline calls in this thread, innermost first."""
     frame: Any = sys._getframe()
     while frame is not None:
         caller = frame.f_locals.get("self")
         if isinstance(caller, DiffusionPipeline) and frame.f_code is inspect.unwrap(type(caller).__call__).__code__:
-            yield caller
+            yield frame
         frame = frame.f_back

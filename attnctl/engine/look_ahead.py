@@ -113,10 +113,7 @@ def foreseen(step: Step, z: Tensor, here: Level) -> tuple[Tensor, Tensor]:
     guess = output[rows.cond]
     if rows.uncond is not None:
         plain = output[rows.uncond]
-        scale = getattr(run.pipe, "guidance_scale", None)
-        if scale is None:
-            raise ControlError(f"{type(run.pipe).__name__} does not tell its guidance scale, so nothing can look ahead")
-        guess = plain + float(scale) * (guess - plain)
+        guess = plain + run.guidance_scale * (guess - plain)
     guess = guess.narrow(step.sample.dim, 0, z.shape[step.sample.dim])  # a learned variance is no part of it
     guess = guess if step.sample.tokens is None else guess[:, : step.sample.tokens]  # nor a reference picture
     z, a, s = z.float(), here.picture, here.noise

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attnctl.errors import ControlError
@@ -130,6 +130,21 @@ def uncast(model: nn.Module) -> Iterator[None]:
         for module, hook, reference, before in found:
             vars(reference).update(before)
             hook.post_forward(module, None)
+
+
+def moved_in_groups(model: nn.Module) -> bool:
+    """Whether diffusers' group offloading moves the model's weights before and after their forward."""
+    registries: list[Any] = [getattr(module, "_diffusers_hook", None) for module in model.modules()]
+    return any("group_offloading" in registry.hooks for registry in registries if registry is not None)
+
+
+def unswapped() -> AbstractContextManager[None]:
+    """What a backward needs of a forward inside is kept as it is now.
+
+    Group offloading puts other memory behind a weight after its forward, and a backward that kept the weight itself
+    would read that. So it keeps an alias of the memory there was.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda kept: kept)
 
 
 @contextmanager

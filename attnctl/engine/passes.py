@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from attnctl.engine import calls
 from attnctl.engine.control import AttentionCall
 from attnctl.engine.latents import written
-from attnctl.engine.model_state import checkpointed, frozen, in_backward, uncached, uncast, uncompiled
+from attnctl.engine.model_state import (
+    checkpointed,
+    frozen,
+    in_backward,
+    moved_in_groups,
+    uncached,
+    uncast,
+    uncompiled,
+    unswapped,
+)
 from attnctl.engine.patch import Patch
 from attnctl.engine.prefix import Prefix
 from attnctl.engine.run import Edit, Rows, Step, Watcher
@@ -112,6 +121,10 @@ class Passes:
             stack.enter_context(uncached(model))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
+            if moved_in_groups(model):
+                if checkpoint:  # part of a group would run again without what brings its weights back
+                    raise ControlError("checkpoint=True does not go with group offloading; switch one of them off")
+                stack.enter_context(unswapped())
             if bfloat16:
                 stack.enter_context(torch.autocast(latents.device.type, torch.bfloat16))
             if checkpoint:

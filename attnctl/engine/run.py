@@ -15,6 +15,8 @@ from attnctl.errors import ControlError, PhraseError, name_of, short
 
 Texts = dict[str, list[str]]  # encode_prompt argument -> one text per image
 
+NO_WORDS = "the pipeline was given embeddings, not words; say what they mean: attach(..., prompt=...)"
+
 
 class Begins(Protocol):
     """What a run asks of a control."""
@@ -46,9 +48,11 @@ class Run:
     latent_size: tuple[int, int]
     steps: int
     texts: Texts
+    negatives: Texts = field(default_factory=dict)  # the same of the negative prompt; empty where there is none
     max_sequence_length: int | None = None
     text_rows: int | None = None  # length of the text sequence at the first denoiser call
     calls: int = 0
+    told_guidance: float | None = None  # what the pipeline call was given as its guidance scale
     start: int = 0  # position of the first step in the scheduler's timesteps
     schedule: int = 0  # how many timesteps the scheduler has
     passes: dict[str, float] = field(default_factory=dict)
@@ -76,9 +80,7 @@ class Run:
             PhraseError: the pipeline was given embeddings and nobody said what they mean.
         """
         if "prompt" not in self.texts:
-            raise PhraseError(
-                "the pipeline was given embeddings, not words; say what they mean: attach(..., prompt=...)"
-            )
+            raise PhraseError(NO_WORDS)
         return self.texts["prompt"]
 
     @property
@@ -86,6 +88,19 @@ class Run:
         """(height, width) of the pictures in pixels."""
         factor = int(getattr(self.pipe, "vae_scale_factor", 8))
         return self.latent_size[0] * factor, self.latent_size[1] * factor
+
+    @property
+    def guidance_scale(self) -> float:
+        """The scale of classifier-free guidance: what the pipeline says now, else what its call was given.
+
+        Raises:
+            ControlError: neither is known.
+        """
+        scale = getattr(self.pipe, "guidance_scale", None)
+        scale = self.told_guidance if scale is None else scale
+        if scale is None:
+            raise ControlError(f"{type(self.pipe).__name__} does not tell its guidance scale")
+        return float(scale)
 
     @property
     def fractions(self) -> list[float]:

@@ -158,6 +158,12 @@ def sprite(concept: str, colour: str | None = None) -> Image.Image:
     return _sprites()[concept, colour].image.convert("RGBA")
 
 
+def sprite_tones(concept: str, colour: str | None = None) -> tuple[Image.Image, Floats]:
+    """A thing with premultiplied alpha ("RGBa"), and its tones: (2, 3), RGB of its outline and of the whole."""
+    found = _sprites()[concept, colour]
+    return found.image, found.tones
+
+
 _GRID: Floats = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j].astype(np.float32)  # (2, 128, 128), y and x
 
 

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnctl.engine.control import AttentionCall
+from attnctl.engine.run import NO_WORDS
 from attnctl.errors import ControlError, NoSiteError, PhraseError, of_image, short
 from attnctl.maps.probabilities import call_maps
-from attnctl.words.phrases import TextStream, positions, text_rows
+from attnctl.words.phrases import TextStream, of_negative, positions, text_rows
 from attnctl.words.spelling import words
 
 if TYPE_CHECKING:
@@ -37,13 +38,22 @@ class Maps:
         images: how many pictures there are.
         words: what may be asked for: the phrases that were recorded, or the words of the prompts. When all words were
             recorded, any phrase made of them ("red car") may be asked for too.
+        negative: the maps of the negative prompt's words, if any were asked for; `maps["negative:blurry"]` reads them.
     """
 
     def __init__(
-        self, texts: Sequence[tuple[TextStream, ...]], phrases: tuple[str, ...] | None, keep: tuple[Kept, ...]
+        self,
+        texts: Sequence[tuple[TextStream, ...]],
+        phrases: tuple[str, ...] | None,
+        keep: tuple[Kept, ...],
+        negatives: Sequence[tuple[TextStream, ...]] | None = None,
     ):
         self.images, self.keep = len(texts), keep
-        self._texts, self._phrases = texts, phrases
+        self.negative: Maps | None = None
+        self._texts, self._asked, self._phrases = texts, phrases, phrases
+        if phrases is not None and negatives is not None:
+            self.negative = _of_negative(negatives, phrases, keep)
+            phrases = self._phrases = tuple(phrase for phrase in phrases if of_negative(phrase) is None)
         found = _once_each(_all_rows if phrases is None else lambda text: _rows_of(text, phrases), texts)
         self._rows: list[list[int]] = found
         for phrase in phrases or ():
@@ -57,10 +67,9 @@ class Maps:
         self._names: dict[str, int] = {}
 
     def __repr__(self) -> str:
-        what = f"{len(self._names)} sites, words: {short(', '.join(self.words), 120)}"
-        return (
-            f"<Maps of {self.images} image{'s' * (self.images != 1)}, {what if self._sums else 'nothing recorded yet'}>"
-        )
+        what = f"{len(self.layers)} sites, words: {short(', '.join(self.words), 120)}"
+        images = f"{self.images} image{'s' * (self.images != 1)}"
+        return f"<Maps of {images}, {what if self.layers else 'nothing recorded yet'}>"
 
     # --- recording ----------------------------------------------------------------------------------------------------
 
@@ -94,20 +103,25 @@ class Maps:
     @property
     def words(self) -> tuple[str, ...]:
         """What may be asked for, in order."""
-        if self._phrases is not None:
-            return self._phrases
+        if self._asked is not None:
+            return self._asked
         every = dict.fromkeys(w for text in dict.fromkeys(self._texts) for stream in text for w in words(stream.prompt))
         return tuple(word for word in every if any(_try(text, word) for text in dict.fromkeys(self._texts)))
 
     @property
+    def _prompts(self) -> list[str]:
+        return [text[0].prompt if text else "" for text in self._texts]
+
+    @property
     def steps(self) -> tuple[int, ...]:
         """Denoiser calls that were kept apart, from 0."""
-        return tuple(sorted({step for step, _, _ in self._sums if step is not None}))
+        own = {step for step, _, _ in self._sums if step is not None}
+        return tuple(sorted(own | set(self.negative.steps if self.negative else ())))
 
     @property
     def layers(self) -> tuple[int, ...]:
         """`Site.layer` of the sites that were recorded."""
-        return tuple(sorted(self._names.values()))
+        return tuple(sorted({*self._names.values(), *(self.negative.layers if self.negative else ())}))
 
     def __getitem__(self, phrase: str) -> Tensor:
         """`get(phrase)`."""
@@ -140,6 +154,10 @@ class Maps:
             PhraseError: no prompt has the phrase, or it was not recorded.
             ControlError: nothing was recorded, or not kept apart that way.
         """
+        if (own := of_negative(phrase)) is not None:
+            if self.negative is None:
+                raise PhraseError(f"{phrase!r} was not recorded: name it, as TokenMaps({phrase!r})")
+            return self.negative.get(own, normalise, step, layer, head)
         columns = self._columns(phrase)  # (images, tokens)
         chosen = self._chosen(step, layer, head)
         by_grid: dict[Grid, Tensor] = {}
@@ -173,19 +191,21 @@ class Maps:
         pictures = list(pictures) if isinstance(pictures, Sequence) else [pictures]
         maps = {phrase: self.get(phrase) for phrase in (self.words if phrases is None else phrases)}
         rows = [
-            cells(picture, {word: found[i] for word, found in maps.items() if found[i].any()}, self._texts[i][0].prompt)
+            cells(picture, {word: found[i] for word, found in maps.items() if found[i].any()}, self._prompts[i])
             for i, picture in enumerate(pictures)
         ]
         return grid(rows, points=max(14, min(rows[0][0][1].height // 12, 28)))  # type: ignore[union-attr]
 
     def _find(self, phrase: str) -> list[list[int]]:
         """Text rows of a phrase per image; empty where the image's prompt does not have it."""
+        if not any(self._texts):
+            raise PhraseError(NO_WORDS)
         found = _once_each(lambda text: _try(text, phrase), self._texts)
         if not any(found):
             try:
                 positions(self._texts[0], phrase)  # raises and says why
             except PhraseError as error:
-                raise of_image(error, 0, [text[0].prompt for text in self._texts], everywhere=True) from None
+                raise of_image(error, 0, self._prompts, everywhere=True) from None
         return found
 
     def _columns(self, phrase: str) -> Tensor:
@@ -217,6 +237,14 @@ class Maps:
                 raise ControlError(f"head {head} is out of range: there are heads 0 to {max(heads) - 1}")
             chosen = [pair for pair, count in zip(chosen, heads, strict=True) if head < count]
         return chosen
+
+
+def _of_negative(texts: Sequence[tuple[TextStream, ...]], phrases: tuple[str, ...], keep: tuple[Kept, ...]) -> Maps:
+    """The maps of those of the phrases that are of the negative prompt."""
+    try:
+        return Maps(texts, tuple(own for phrase in phrases if (own := of_negative(phrase)) is not None), keep)
+    except PhraseError as error:
+        raise PhraseError(f"negative prompt: {error}") from None
 
 
 def join_grids(maps: dict[Grid, Tensor]) -> Tensor:

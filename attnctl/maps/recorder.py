@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,12 +10,12 @@ import torch
 from torch import Tensor
 
 from attnctl.engine.control import AttentionCall, Control, Lane, Proceed, check_window
-from attnctl.engine.run import Run
+from attnctl.engine.run import NO_WORDS, Run
 from attnctl.engine.sites import Selection, Site, with_text
-from attnctl.errors import ControlError
+from attnctl.errors import AttnctlWarning, ControlError
 from attnctl.maps.probabilities import with_lse
 from attnctl.maps.reader import KEEP, Kept, Maps
-from attnctl.words.phrases import streams
+from attnctl.words.phrases import of_negative, streams
 
 
 @dataclass(frozen=True, init=False)
@@ -26,7 +27,8 @@ class TokenMaps(Control):
     Costs little: at joint sites the model's own kernel already computes what each row's softmax is divided by.
 
     Args:
-        phrases: which phrases to record; without any, every word of each prompt. Fewer are cheaper.
+        phrases: which phrases to record; without any, every word of each prompt. Fewer are cheaper. "negative:blurry"
+            is the "blurry" of the negative prompt, which the unconditional rows attend to.
         where: which sites, see `attnctl.select`; those without text keys are passed over.
         keep: what to keep apart instead of averaging: any of "step", "layer", "head"; a head is kept for its layer.
         window: part of the schedule to record, from 0 (noise) to 1 (picture): a step at f counts if start <= f < end.
@@ -34,7 +36,8 @@ class TokenMaps(Control):
     Raises:
         ControlError: a setting is out of its range.
         NoSiteError: no selected site has text keys.
-        PhraseError: at the pipeline call, if a phrase is in no prompt.
+        PhraseError: at the pipeline call, if a phrase is in no prompt. Without phrases, embeddings whose words nobody
+            told are a warning instead: there are no maps then.
     """
 
     phrases: tuple[str, ...] = ()
@@ -67,14 +70,23 @@ class TokenMaps(Control):
         return with_text(available, self.where)
 
     def begin(self, run: Run) -> Maps:
-        texts = [streams(run, image) for image in range(run.images)]
-        return Maps(texts, self.phrases or None, self.keep)
+        images = range(run.images)
+        if not self.phrases and "prompt" not in run.texts:
+            warnings.warn(f"there are no maps: {NO_WORDS}", AttnctlWarning, stacklevel=2)
+            return Maps([()] * run.images, None, self.keep)
+        negative = None
+        if any(of_negative(phrase) is not None for phrase in self.phrases):
+            negative = [streams(run, image, negative=True) for image in images]
+        return Maps([streams(run, image) for image in images], self.phrases or None, self.keep, negative)
 
     def attend(self, call: AttentionCall, proceed: Proceed) -> Tensor:
-        rows = call.step.rows.cond
-        if rows is None or not self.window[0] <= call.step.fraction < self.window[1]:
+        maps: Maps = call.step.run.state(self)
+        rows = call.step.rows
+        own = [(part, where) for part, where in ((maps, rows.cond), (maps.negative, rows.uncond)) if part and where]
+        if not own or not self.window[0] <= call.step.fraction < self.window[1]:
             return proceed(call)
         out, lse = with_lse(call, proceed)
         with torch.no_grad():
-            call.step.run.state(self).add(call, rows, lse)
+            for part, where in own:
+                part.add(call, where, lse)
         return out

@@ -18,6 +18,8 @@ from attnctl.words.spelling import WORD, Span, inventory, places, words
 
 SPECIAL = ("<start>", "<end>")
 """Phrases that stand for the start and end tokens of a prompt."""
+NEGATIVE = "negative:"
+"""How a phrase of the negative prompt begins."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,6 @@ class TextStream:
             return [self.offset + token for token in tokens]
         chunks = (divmod(token - start, body) for token in tokens)
         return [self.offset + chunk * self.length + start + place for chunk, place in chunks]
-
-
-SPECIAL = ("<start>", "<end>")
-"""Phrases that stand for the start and end tokens of a prompt."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +125,13 @@ def positions(streams: Sequence[TextStream], phrase: str) -> list[int]:
 
     Raises:
         PhraseError: no tokenizer sees the whole phrase; says what the first of them had to say. Or two tokenizers read
-            different words into the same text rows, and only one of them reads this phrase.
+            different words into the same text rows, and only one of them reads this phrase. Or it is of the negative
+            prompt.
     """
+    if of_negative(phrase) is not None:
+        raise PhraseError(
+            f"{phrase!r} is of the negative prompt, of which TokenMaps records maps and nothing else acts"
+        )
     found: dict[TextStream, set[int]] = {}
     trouble = PhraseError(f"there is no tokenizer to find {phrase!r} with")
     for stream in reversed(streams):
@@ -148,6 +151,11 @@ def positions(streams: Sequence[TextStream], phrase: str) -> list[int]:
                     f"another {other.prompt!r}; give both the same prompt"
                 )
     return sorted(set().union(*found.values()))
+
+
+def of_negative(phrase: str) -> str | None:
+    """The phrase without its beginning "negative:", or None if it is one of the prompt."""
+    return phrase.removeprefix(NEGATIVE).strip() if phrase.startswith(NEGATIVE) else None
 
 
 def _special(stream: TextStream, phrase: str) -> list[int]:
@@ -171,21 +179,29 @@ def text_rows(streams: Sequence[TextStream]) -> list[int]:
     return sorted({row for stream in streams for row in stream.rows(stream.layout.text)})
 
 
-def streams(run: Run, image: int) -> tuple[TextStream, ...]:
+def streams(run: Run, image: int, negative: bool = False) -> tuple[TextStream, ...]:
     """The text streams of one image of a run, as its family record and its prompts say.
 
     Equal ones are the same object, so that a run tokenizes each text once.
 
+    Args:
+        run: the pipeline call.
+        image: index of the picture.
+        negative: of the negative prompt, whose text rows are those of unconditional rows of the batch.
+
     Raises:
-        PhraseError: the pipeline was given embeddings and nobody said what they mean.
+        PhraseError: the pipeline was given embeddings and nobody said what they mean; or no negative prompt.
     """
+    if negative and "prompt" not in run.negatives:
+        raise PhraseError("this call has no negative prompt in words: give negative_prompt and guide by it")
+    texts, prompts = (run.negatives, run.negatives["prompt"]) if negative else (run.texts, run.prompts)
     found, known = list[TextStream](), getattr(run, "streams", {})
     alone = all(stream.offset == 0 and isinstance(stream.rows, int) for stream in run.family.streams)  # CLIP's rows
     for stream in run.family.streams:
         tokenizer = getattr(run.pipe, stream.tokenizer, None)
         if tokenizer is None:
             continue
-        text = run.family.reads(run.pipe, run.texts.get(stream.prompt, run.prompts)[image])
+        text = run.family.reads(run.pipe, texts.get(stream.prompt, prompts)[image])
         if hasattr(run.pipe, "maybe_convert_prompt"):  # textual inversion: one word may stand for several tokens
             text = run.pipe.maybe_convert_prompt(text, tokenizer)
         rows = (run.max_sequence_length if isinstance(stream.rows, str) else stream.rows) or tokenizer.model_max_length

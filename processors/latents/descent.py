@@ -123,7 +123,7 @@ class MapDescent(Control):
     def __init__(self, *phrases: Any, **settings: Any) -> None:
         known = {one.name: one for one in fields(self) if one.name != "phrases"}
         if unknown := [name for name in settings if name not in known]:
-            raise TypeError(f"{type(self).__name__} has no setting {unknown[0]!r}; {instead(unknown[0], known)}")
+            raise ControlError(f"{type(self).__name__} has no setting {unknown[0]!r}; {instead(unknown[0], known)}")
         if (preset := settings.pop("preset", None)) is not None:
             if preset not in self.presets:
                 raise ControlError(

@@ -10,6 +10,7 @@ from contract_table import differs
 from diffusers.hooks import apply_group_offloading
 
 from attnctl.engine.attachment import attach
+from attnctl.errors import ControlError
 from attnctl.processors import AStar, Regions, Segregation, TokenMaps
 
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")
@@ -70,3 +71,24 @@ def test_weights_moved_in_groups(family):
     )
     with attach(pipe, control, TokenMaps()):
         assert torch.equal(tiny.draw(pipe), want)
+
+
+@pytest.mark.parametrize("level", ["block_level", "leaf_level"])
+@pytest.mark.parametrize("family", ["sd1", "flux"])
+def test_weights_that_are_gone_after_their_forward(family, level, tmp_path, monkeypatch):
+    """Offloaded to disk, a weight holds no numbers outside of its forward: a backward that read it would read these."""
+    pipe, cpu = tiny.FAMILIES[family](), torch.device("cpu")
+    settings = {"look_ahead": 0, "relative": 0.1}
+    with attach(pipe, Segregation("cat", "dog", **settings)):
+        want = tiny.draw(pipe)
+    monkeypatch.setattr(torch, "empty_like", lambda like, **_: torch.full_like(like, torch.nan))
+    apply_group_offloading(
+        tiny.denoiser(pipe), onload_device=cpu, offload_device=cpu, offload_type=level,
+        num_blocks_per_group=1 if level == "block_level" else None, offload_to_disk_path=str(tmp_path),
+    )  # fmt: skip
+    assert any(weight.isnan().any() for weight in tiny.denoiser(pipe).parameters())
+    with attach(pipe, Segregation("cat", "dog", **settings), TokenMaps()):
+        assert torch.equal(tiny.draw(pipe), want)
+    with attach(pipe, Segregation("cat", "dog", checkpoint=True, **settings)):
+        with pytest.raises(ControlError, match="checkpoint=True does not go with group offloading"):
+            tiny.draw(pipe)

@@ -6,6 +6,11 @@ tests/test_prompts.py.
 
 from __future__ import annotations
 
+import copy
+import inspect
+import pickle
+from dataclasses import replace
+
 import diffusers
 import pytest
 import tiny
@@ -13,6 +18,7 @@ import torch
 from contract_table import trace
 from toys import Identity, Output, Push
 
+from attnctl import processors
 from attnctl.engine.attachment import attach
 from attnctl.engine.control import Control, Lane
 from attnctl.errors import AttnctlError, ControlError, NoSiteError, PhraseError, UnsupportedPipelineError
@@ -158,3 +164,33 @@ def test_results_before_there_are_any():
             _ = attachment.run
         with pytest.raises(ControlError, match="attach a TokenMaps"):
             _ = attachment.maps
+
+
+CONTROLS = [
+    one
+    for one in vars(processors).values()
+    if isinstance(one, type) and issubclass(one, Control) and one is not Control
+]
+
+
+@pytest.mark.parametrize("cls", CONTROLS, ids=lambda cls: cls.__name__)
+def test_a_setting_that_a_control_does_not_know(cls):
+    with pytest.raises(ControlError, match=f"^{cls.__name__} has no setting 'insid'; (there are|did you mean) ") as it:
+        cls(insid=2)
+    assert "\n" not in str(it.value)
+
+
+def test_what_else_is_wrong_with_the_settings_of_a_control():
+    with pytest.raises(ControlError, match="Regions: missing a required argument: 'masks'; its settings are masks, "):
+        processors.Regions()
+    with pytest.raises(ControlError, match="Nag: multiple values for argument 'negative'"):
+        processors.Nag("a cat", negative="a dog")
+    with pytest.raises(ControlError, match="Identity: too many positional arguments"):
+        Identity("cross", 3)
+
+
+def test_checked_controls_are_ordinary_classes():
+    one = processors.Regions({"cat": (0, 0, 0.5, 1)}, inside=1.5)
+    assert pickle.loads(pickle.dumps(one)) == copy.deepcopy(one) == replace(one, strength=1.0) == one
+    assert list(inspect.signature(processors.Regions).parameters)[:2] == ["masks", "inside"]
+    assert [*inspect.signature(Control).parameters] == []

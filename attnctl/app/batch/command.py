@@ -63,9 +63,9 @@ def batch(
     - attnctl batch jobs.yaml --out night
     - attnctl batch night --set "seed=[5, 6]" --set controls=astar --out again
 
-    A row holds prompt, negative, seed, steps, guidance, size, controls, maps, trace and model. Axes make many jobs of
-    one row: product: {seed: [1, 2, 3], controls: [none, segregation, astar]} takes every combination, zip: takes lists
-    in step.
+    A row holds prompt, negative, seed, steps, guidance, size, controls, maps, trace, model and compose. Axes make many
+    jobs of one row: product: {seed: [1, 2, 3], controls: [none, segregation, astar]} takes every combination, zip:
+    takes lists in step.
 
     A batch that was stopped, in whatever way, goes on with the same command; the first Ctrl-C ends it after the
     pictures under way, a second one at once. Exit code 1: some job failed, and failures.jsonl says which and why.

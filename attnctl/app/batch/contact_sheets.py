@@ -91,7 +91,7 @@ def _usual(found: list[Shown]) -> Iterable[Image.Image]:
     rows: dict[tuple[str, int], list[Cell]] = {}
     ordered = sorted(found, key=lambda one: (one.recipe.prompt, one.recipe.seed, one.recipe.model, one.recipe.controls))
     for one in ordered:
-        told = "; ".join(short(text, 200) for text in one.recipe.controls) or "plain"
+        told = "; ".join(short(text, 200) for text in one.recipe.controls) or one.recipe.shows
         cell = f"{one.recipe.seed}: {one.recipe.prompt}", grid([[(told, one.thumb)]], 12, border=False)
         rows.setdefault((one.recipe.prompt, one.recipe.seed), []).append(cell)
     cut = [cells[at : at + _COLUMNS] for cells in rows.values() for at in range(0, len(cells), _COLUMNS)]

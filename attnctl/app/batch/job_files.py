@@ -145,6 +145,11 @@ def _cell(field: str, cell: str) -> Any:
     cell = cell.strip()
     if field in ("seed", "steps"):
         return int(cell) if re.fullmatch(r"[+-]?\d{1,19}", cell) else cell
+    if field == "compose":
+        try:
+            return next(iter(_yaml(cell)))[1]
+        except (Fault, StopIteration):
+            return cell
     if field == "guidance":
         try:
             return float(cell)

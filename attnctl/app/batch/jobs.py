@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from attnctl.app.asked import with_phrases, without_files
 from attnctl.app.batch.axes import AXES, expanded, overridden
 from attnctl.app.batch.faults import Fault, JobError
+from attnctl.app.composing import Compose, checked, said_of
 from attnctl.app.limits import JOBS, LARGEST, STEPS
 from attnctl.errors import AttnctlError, short
 from attnctl.loading import USUAL, check_name
@@ -40,6 +41,7 @@ class Job(BaseModel):
     maps: bool | tuple[str, ...] = Field((), description="Phrases whose maps are drawn as well; true: each word.")
     trace: bool = Field(False, description="Also save what the controls did: as JSON, loss curves, maps by step.")
     model: str = Field("glyph-sd", description="An embedded model, a folder, or a hub id.")
+    compose: Compose | None = Field(None, description="An object goes into a picture, as attnctl compose does it.")
 
     @field_validator("prompt")
     @classmethod
@@ -76,6 +78,14 @@ class Job(BaseModel):
         if not isinstance(value, list | tuple) or not all(isinstance(part, str) and part.strip() for part in value):
             raise ValueError("it takes a list of phrases, or true for each word")
         return tuple(value)
+
+    @field_validator("compose", mode="before")
+    @classmethod
+    def _composed(cls, value: Any) -> Any:
+        try:
+            return value if value is None or isinstance(value, Compose) else Compose.model_validate(value)
+        except ValidationError as error:
+            raise ValueError(said_of(error)) from None
 
     @field_validator("model")
     @classmethod
@@ -141,7 +151,7 @@ def check_jobs(
     for place, row in rows:
         try:
             for one in expanded(overridden(row, overrides or {}), FIELDS, JOBS - len(jobs), folder):
-                jobs.append(Placed(_job(one, control_text), f"{where}{place}"))
+                jobs.append(Placed(_job(one, control_text, folder or Path()), f"{where}{place}"))
         except Fault as fault:
             lines.append(f"{where}{place}{fault.place}: {fault.said}")
     if lines:
@@ -151,8 +161,8 @@ def check_jobs(
     return jobs
 
 
-def _job(row: Mapping[str, Any], control_text: Callable[[str, str, str], str]) -> Job:
-    """A checked job; its controls have their phrases, and hold no file."""
+def _job(row: Mapping[str, Any], control_text: Callable[[str, str, str], str], folder: Path) -> Job:
+    """A checked job; its controls have their phrases, and hold no file. Pictures are looked for in the folder."""
     try:
         job = Job.model_validate(row)
     except ValidationError as error:
@@ -168,11 +178,24 @@ def _job(row: Mapping[str, Any], control_text: Callable[[str, str, str], str]) -
         for text in value if isinstance(value, tuple) else [value]:
             if isinstance(text, str) and _HALF.search(text):
                 raise Fault(f"{field} {short(ascii(value), 60)}: it holds half a character")
+    if job.compose is not None:
+        job = job.model_copy(update={"compose": _composition(job, job.compose.placed(folder))})
     try:
         texts = tuple(control_text(text, job.prompt, job.model) for text in job.controls)
         return job.model_copy(update={"controls": texts})
     except (AttnctlError, OSError) as error:
         raise Fault(f"controls: {error}") from None
+
+
+def _composition(job: Job, asked: Compose) -> Compose:
+    for field in ("maps", "trace"):
+        if getattr(job, field):
+            raise Fault(f"{field}: a composition has none")
+    try:
+        checked(asked, job.prompt, job.seed, job.steps, job.guidance)
+    except (AttnctlError, OSError) as error:
+        raise Fault(f"compose: {error}") from None
+    return asked
 
 
 def _control_text(text: str, prompt: str, model: str) -> str:

@@ -68,6 +68,8 @@ class Plan:
 def key_of(job: Job, dtype: str = "float32") -> str:
     """Names a picture by what is asked for; not by time, device or versions, so that a batch may go on elsewhere."""
     asked = job.model_dump(mode="json", exclude_defaults=True) | ({"dtype": dtype} if dtype != "float32" else {})
+    if job.compose is not None:
+        asked["compose"] = job.compose.by_content()  # a picture that changes makes another one, wherever it lies
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -128,6 +130,8 @@ def _kind(job: Job, speaks: Any) -> Hashable:
     """Jobs of one kind can be drawn together: what they differ in is each picture's own."""
     if job.trace:
         return job  # a trace is of one picture
+    if job.compose is not None:
+        return id(job)  # so that what is kept of one composition serves the next, to the bit
     alike = job.model, job.steps, job.guidance, job.size, job.controls, job.maps, job.negative is None
     words = bool(job.maps) or any(map(speaks, job.controls))
     return (*alike, job.prompt if words else None)

@@ -18,10 +18,12 @@ def rows(folder: Path) -> Iterator[tuple[str, Any]]:
             _, recipe = read(path)
         except RecipeError as error:
             raise Fault(str(error)) from None
-        if recipe.shows not in ("plain", "controlled"):
+        if recipe.shows not in ("plain", "controlled", "composed"):
             continue
         row: dict[str, Any] = {"prompt": recipe.prompt, "seed": recipe.seed, "steps": recipe.steps}
-        row |= {"model": recipe.model, "controls": list(recipe.controls) if recipe.shows == "controlled" else []}
+        row |= {"model": recipe.model, "controls": list(recipe.controls) if recipe.shows != "plain" else []}
+        if recipe.compose is not None:
+            row["compose"] = {name: value for name, value in recipe.compose.items() if name != "files"}
         for name, value in (("negative", recipe.negative), ("guidance", recipe.guidance), ("maps", list(recipe.maps))):
             if value is not None and value != []:
                 row[name] = value

@@ -63,7 +63,8 @@ def _summary(found: list[Shown], known: dict[str, dict[str, dict[str, float | No
     names = sorted({name for one in found for name in known.get(one.key, {})})
     rows: dict[tuple[str, tuple[str, ...]], list[Shown]] = {}
     for one in found:
-        rows.setdefault((one.recipe.model, tuple(map(_named, one.recipe.controls))), []).append(one)
+        what = ("compose",) * (one.recipe.compose is not None) + tuple(map(_named, one.recipe.controls))
+        rows.setdefault((one.recipe.model, what), []).append(one)
     head = ["model", "controls", "pictures", *names]
     lines = [f"{len(found)} pictures" + (f", {failed} failed, see {FAILURES}" if failed else ""), ""]
     lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]

@@ -20,7 +20,7 @@ from PIL import Image
 from attnctl.app.asked import glyph_things
 from attnctl.app.batch.folder import SCORES, append
 from attnctl.app.command import UsageError
-from attnctl.errors import short
+from attnctl.errors import ControlError
 
 Score = Callable[[Image.Image, str], Any]  # (picture, prompt) -> what JSON can hold
 
@@ -58,25 +58,15 @@ def _judge() -> Score:
 
 
 def _clip(folder: str) -> Score:
-    import torch
+    from attnctl.pipelines.head_objectives import ClipScore
 
-    from attnctl.loading import quiet
+    try:
+        clip = ClipScore(folder)
+    except ControlError as error:
+        raise UsageError(f"--score clip:{folder}: {error}") from error
 
-    path = Path(folder).expanduser()
-    with quiet():
-        from transformers import CLIPModel, CLIPProcessor
-
-        try:
-            model = CLIPModel.from_pretrained(path, local_files_only=True).eval()
-            processor = CLIPProcessor.from_pretrained(path, local_files_only=True)
-        except Exception as error:  # what a weight loader raises is not a closed set
-            raise UsageError(f"--score clip:{folder}: {short(' '.join(str(error).split()), 200)}") from error
-
-    @torch.inference_mode()
     def score(picture: Image.Image, prompt: str) -> Any:
-        inputs = processor(text=[prompt], images=[picture.convert("RGB")], return_tensors="pt", truncation=True)
-        out = model(**inputs)  # its embeddings have length 1
-        return {"score": round(max(0.0, 100 * float((out.image_embeds * out.text_embeds).sum())), 4)}
+        return {"score": round(clip([picture], [prompt])[0], 4)}
 
     return score
 

@@ -2,11 +2,12 @@
 
 import gc
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attnctl.app.asked import control_of, open_model, recipe_of
 from attnctl.app.batch.planning import Group, Task
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from rich.progress import Progress
 
+    from attnctl.app.batch.jobs import Job
     from attnctl.app.drawing import Drawing
     from attnctl.app.recipe import Recipe
 
@@ -50,6 +52,7 @@ class Worker:
         self._model: str | None = None
         self._pipe: DiffusionPipeline | None = None
         self._weights, self._fits = "", 0
+        self._inversions: OrderedDict[str, Any] = OrderedDict()
 
     def close(self) -> None:
         """Give back the model and torch's own number of threads."""
@@ -83,6 +86,7 @@ class Worker:
         threads = self.threads or (1 if model in embedded() else self._own)  # as `attnctl generate` does
         self._pipe = open_model(model, self.device, self.dtype, self.bar, threads)
         self._weights, self._fits, self._model = weights_hash(self._pipe), 0, model
+        self._inversions.clear()
 
     def _drawn(self, tasks: Sequence[Task], missing: frozenset[str]) -> Iterator[Drawn]:
         wanted = [task for task in tasks if task.key in missing]
@@ -121,33 +125,51 @@ class Worker:
 
         pipe, first = self._pipe, tasks[0].job
         assert pipe is not None
+        if first.compose is not None:
+            return {tasks[0].key: self._composed(tasks[0])}
         if first.shape is not None:
             drawing.check_size(pipe, *first.shape)
         maps = drawing.shown_words(pipe, first.prompt)[0] if first.maps is True else first.maps or ()
-        recipes = [
-            replace(
-                recipe_of(
-                    pipe,
-                    model=job.model,
-                    weights=self._weights,
-                    prompt=job.prompt,
-                    negative=job.negative,
-                    seed=job.seed,
-                    steps=job.steps,
-                    size=job.shape,
-                    guidance=job.guidance,
-                    controls=job.controls,
-                    maps=maps,
-                ),
-                together=len(tasks),
-            )
-            for job in (task.job for task in tasks)
-        ]
+        recipes = [replace(self._recipe(task.job, maps), together=len(tasks)) for task in tasks]
         label = plain(short(first.prompt, 40)) + (f" and {len(tasks) - 1} more" if len(tasks) > 1 else "")
         controls = [control_of(text) for text in first.controls]
         drawn = drawing.draw_together(pipe, recipes, controls, label, self.bar, first.trace)
         together = zip(tasks, recipes, drawn, strict=True)
         return {task.key: Drawn(task, one.picture, _files(task, recipe, one)) for task, recipe, one in together}
+
+    def _recipe(self, job: "Job", maps: tuple[str, ...] = ()) -> "Recipe":
+        assert self._pipe is not None
+        return recipe_of(
+            self._pipe,
+            model=job.model,
+            weights=self._weights,
+            prompt=job.prompt,
+            negative=job.negative,
+            seed=job.seed,
+            steps=job.steps,
+            size=job.shape,
+            guidance=job.guidance,
+            controls=job.controls,
+            maps=maps,
+        )
+
+    def _composed(self, task: Task) -> Drawn:
+        """Beside it, a sheet of what it was made of."""
+        from attnctl.app.batch.folder import png, write_whole
+        from attnctl.app.composing import checked, composed, recipe_for, sheet
+        from attnctl.app.recipe import save
+
+        job, asked = task.job, task.job.compose
+        assert asked is not None
+        request = checked(asked, job.prompt, job.seed, job.steps, job.guidance)
+        recipe, controls = recipe_for(self._recipe(job), request), [control_of(text) for text in job.controls]
+        turns = composed(self._pipe, request, job.shape, job.negative, controls, self.bar, kept=self._inversions)
+        picture = turns[-1].picture
+        files: dict[Path, Callable[[Path], object]] = {
+            beside(task, "sheet.png"): partial(write_whole, content=png(sheet(turns))),
+            task.path: partial(save, picture, recipe=recipe),
+        }
+        return Drawn(task, picture, files)
 
 
 def _files(task: Task, recipe: "Recipe", drawn: "Drawing") -> dict[Path, Callable[[Path], object]]:

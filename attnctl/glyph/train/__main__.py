@@ -11,7 +11,7 @@ from attnctl.app.command import UsageError, check_writable, run
 from attnctl.app.recipe import modules_hash
 from attnctl.glyph.scenes import font_path
 from attnctl.glyph.train.loop import Settings, read_checkpoint, train
-from attnctl.loading import ModelError, load_autoencoder, quiet, usable_device
+from attnctl.loading import MODELS, ModelError, load_autoencoder, quiet, usable_device
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -120,6 +120,31 @@ def sd(
 
 
 @app.command()
+def sd3(
+    vae: Annotated[Path, typer.Option(help="The trained autoencoder.")] = Path("runs/autoencoder/vae"),
+    out: Out = Path("runs/sd3"),
+    steps: Steps = 15_000,
+    minutes: Minutes = 0,
+    resume: Resume = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    rate: Rate = 6e-3,
+    scenes: Scenes = 24_000,
+    grounding: Annotated[
+        float, typer.Option(min=0, callback=_finite, help="Weight of the grounding loss; 0 leaves it out.")
+    ] = 0.05,
+) -> None:
+    """The Stable Diffusion 3 pipeline, which attends jointly; writes OUT/glyph-sd3."""
+    with quiet():
+        from attnctl.glyph.train.sd3 import BATCH, Flow
+
+    task = {"model": "sd3", "scenes": scenes, "grounding": grounding, "batch": BATCH, "vae": _weights(vae)}
+    settings = Settings(out, steps, rate, seed=seed, minutes=minutes, resume=resume, every=250, task=task)
+    _check(settings, device)
+    train(Flow(vae, scenes, seed, device, out, grounding), settings)
+
+
+@app.command()
 def judge(
     out: Out = Path("runs/judge"),
     steps: Steps = 6000,
@@ -138,6 +163,49 @@ def judge(
     settings = Settings(out, steps, rate, seed=seed, minutes=minutes, resume=resume, average=0.995, task=task)
     _check(settings, device)
     train(Judging(pictures, seed, device, out, vae), settings)
+
+
+@app.command(name="all")
+def both(
+    out: Out = Path("runs"),
+    minutes: Annotated[float, typer.Option(min=0, callback=_finite, help="Length of the run, for both together.")] = 9,
+    device: Device = "cpu",
+    resume: Resume = False,
+    seed: Seed = 0,
+    vae: Annotated[Path, typer.Option(help="The trained autoencoder; default: the one that ships.")] = MODELS
+    / "glyph-sd"
+    / "vae",
+    atlas: Annotated[Path | None, typer.Option(help="Sprites, from `atlas`; default: drawn with the font.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Scenes of a step; default: 32 and 48.")] = None,
+) -> None:
+    """Both pipelines, by the clock, on new scenes at every step; writes OUT/sd/glyph-sd and OUT/sd3/glyph-sd3."""
+    usable_device(device)
+    check_writable(out)
+    _weights(vae)
+    with quiet():
+        from attnctl.glyph.train.worlds import train_all
+
+    train_all(out, device, minutes, seed, resume, vae, atlas, batch)
+
+
+@app.command()
+def atlas(out: Annotated[Path, typer.Option(help="File to write.")] = Path("atlas.safetensors")) -> None:
+    """Draws the sprites of the world into one file, for `all` on machines without the font."""
+    from attnctl.glyph.train.atlas import build
+
+    check_writable(out.parent)
+    build().save(out)
+    typer.echo(f"{out}: {out.stat().st_size / 1e6:.0f} MB")
+
+
+@app.command()
+def pack(out: Annotated[Path, typer.Option(help="File to write.")] = Path("worlds.tar.gz")) -> None:
+    """Packs package, atlas and versions, for `all` on another machine."""
+    check_writable(out.parent)
+    with quiet():
+        from attnctl.glyph.train.worlds import pack as packed
+
+    typer.echo(f"{out}: {packed(out):.0f} MB")
 
 
 @app.command()

@@ -3,14 +3,11 @@
 The loss follows TokenCompose (arXiv 2312.03626): the part of a word's attention that falls outside its thing, squared.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
 from torch import Tensor
 from transformers import CLIPTokenizer
 
@@ -23,11 +20,13 @@ GRID = 16
 def owners(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Token ids, (n, 77), and for each token the index of the thing it speaks of, (n, 77); -1 for all other tokens."""
     ids = tokenizer(list(captions), padding="max_length", max_length=77, return_tensors="pt").input_ids
-    owner = torch.full_like(ids, -1)
+    owner, lengths = torch.full_like(ids, -1), dict[str, int]()
     for row, caption in enumerate(captions):
         at, thing = 1, 0  # behind the start token
         for word in caption.replace(",", " ,").split():
-            pieces = len(tokenizer(word).input_ids) - 2
+            if word not in lengths:
+                lengths[word] = len(tokenizer(word).input_ids) - 2
+            pieces = lengths[word]
             if word in COLOURS or word in CONCEPTS:
                 owner[row, at : at + pieces] = thing
                 thing += word in CONCEPTS
@@ -41,45 +40,6 @@ def coverage(scene: Scene, things: int = 3) -> Tensor:
     for k, thing in enumerate(scene.things):
         masks[k] = F.adaptive_avg_pool2d(torch.from_numpy(thing.mask).float()[None], GRID)[0]
     return masks
-
-
-@dataclass
-class Eager:
-    """An attention processor with plain matrix products: on a CPU its backward is much faster than the fused kernel's.
-
-    It keeps the maps of the cross-attention sites with at least 64 queries: grid side -> [(batch, queries, keys), ...],
-    each the mean over heads.
-    """
-
-    maps: dict[int, list[Tensor]] = field(default_factory=dict)
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        projected = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
-        q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in projected)  # (batch, heads, tokens, dim)
-        probabilities = torch.softmax((q * attn.scale) @ k.transpose(-1, -2), -1)
-        if encoder_hidden_states is not None and q.shape[2] >= 64:
-            self.maps.setdefault(round(q.shape[2] ** 0.5), []).append(probabilities.mean(1))
-        out: Tensor = attn.to_out[0]((probabilities @ v).transpose(1, 2).flatten(2))
-        return out
-
-
-@contextmanager
-def eager(unet: UNet2DConditionModel) -> Iterator[Eager]:
-    """All attention of the UNet through one `Eager`, which is yielded; the processors before come back at the end."""
-    before, processor = dict(unet.attn_processors), Eager()
-    unet.set_attn_processor(processor)
-    try:
-        yield processor
-    finally:
-        unet.set_attn_processor(before)
 
 
 def grounding_loss(maps: dict[int, list[Tensor]], owner: Tensor, masks: Tensor, weight: Tensor) -> Tensor:

@@ -59,6 +59,7 @@ class Settings:
     resume: bool = False
     every: int = 500
     average: float = 0.999
+    timed: bool = False  # `minutes` is the length of the run, as well: the learning rate falls by the clock
     ease: float = 0.3  # last part of the run in which the learning rate falls linearly to almost nothing
     task: Mapping[str, object] = field(default_factory=dict)
 
@@ -72,12 +73,14 @@ class Settings:
         return self.out / "checkpoint.pt"
 
 
-def warmth(step: int, settings: Settings) -> float:
+def warmth(step: int, settings: Settings, spent: float = 0) -> float:
     """Part of the peak learning rate at a step, 0 to 1: up over 100 steps, flat, down over the last `ease` of the run.
 
-    A flat middle lets a longer run take over from an earlier checkpoint.
+    A flat middle lets a longer run take over from an earlier checkpoint. spent: minutes so far, for a timed run.
     """
     left = (settings.steps - step) / max(1.0, settings.ease * settings.steps)
+    if settings.timed:
+        left = min(left, (settings.minutes - spent) / (settings.ease * settings.minutes))
     return min(1.0, (step + 1) / 100, max(0.02, left))
 
 
@@ -185,7 +188,7 @@ def train(task: Task, settings: Settings) -> nn.Module:
 
     def save(step: int) -> None:
         state = {"network": network.state_dict(), "average": average.state_dict(), "step": step}
-        state |= {"optimisers": [optimiser.state_dict() for optimiser in optimisers]}
+        state |= {"spent": spent, "optimisers": [optimiser.state_dict() for optimiser in optimisers]}
         save_atomically(state | {"made_with": settings.determining()}, settings.checkpoint)
         line = f"step {step}: {task.report(average, settings.out, step)}"
         print(line, flush=True)
@@ -193,13 +196,14 @@ def train(task: Task, settings: Settings) -> nn.Module:
             file.write(line + "\n")
 
     start, done = time.monotonic(), first
+    before = spent = float(found.get("spent", 0)) if found and settings.timed else 0.0
     with _progress() as show:
         for step in show(range(first, settings.steps)):
             rng = generator(settings.seed, step)
             torch.manual_seed(rng.initial_seed())  # dropout, if any
             for optimiser, rate in zip(optimisers, (settings.rate, settings.small_rate), strict=True):
                 for group in optimiser.param_groups:
-                    group["lr"] = rate * warmth(step, settings)
+                    group["lr"] = rate * warmth(step, settings, spent)
             losses = task.loss(step, rng)
             total = torch.stack(list(losses.values())).sum()
             if not torch.isfinite(total):
@@ -212,7 +216,7 @@ def train(task: Task, settings: Settings) -> nn.Module:
             _blend(average, network, 1 - min(settings.average, (step + 1) / (step + 10)))
             done = step + 1
             show.tell(step, {name: float(value.detach()) for name, value in losses.items()}, log)
-            spent = (time.monotonic() - start) / 60
+            spent = before + (time.monotonic() - start) / 60
             if done % settings.every == 0 and done < settings.steps:
                 save(done)
             if settings.minutes and spent >= settings.minutes:

@@ -16,6 +16,7 @@ from rich.progress import Progress
 from attnctl.app.command import UsageError, check_writable
 from attnctl.glyph import judge
 from attnctl.glyph.scenes import font_path
+from attnctl.glyph.train.card import card
 from attnctl.glyph.words import ANIMALS, COLOURS, CONCEPTS, OBJECTS, Named, Prompt, is_held_out, phrase
 from attnctl.loading import check_folder, load
 
@@ -105,7 +106,10 @@ def score(folder: Path, scales: Sequence[float], seed: int) -> dict[str, Any]:
     made = check_pipeline(folder)
     font_path()
     pipe = load(folder.absolute())  # or a folder named as an embedded model would be that model
-    from attnctl.glyph.train.sd import map_scores
+    if hasattr(pipe, "unet"):
+        from attnctl.glyph.train.sd import map_scores
+    else:
+        from attnctl.glyph.train.sd3 import map_scores
 
     pipe.set_progress_bar_config(disable=True)
     with Progress() as bar:
@@ -135,59 +139,3 @@ def autoencoder_psnr(vae: Any, scenes: int = 200) -> float:
     values = pixels(np.stack([Renderer(stream=5).scene(k, "all").image for k in range(scenes)]))
     again = [vae.decode(vae.encode(some).latent_dist.mode()).sample for some in values.split(20)]
     return psnr(values, torch.cat(again))
-
-
-def card(found: dict[str, Any], made: dict[str, Any], pipe: Any) -> str:
-    """The model card, in Markdown."""
-    size = sum(p.numel() for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters())
-    q = found["quality"]
-    sweep = [
-        f"| {s['guidance']:g} | {s['singles']:.1%} | {s['colours']:.1%} | {s['present']:.1%} |" for s in found["sweep"]
-    ]
-    maps = [f"| {t} | {m['pointing']:.1%} | {m['share']:.2f} |" for t, m in found["maps"].items()]
-    return f"""# glyph-sd
-
-A small Stable Diffusion, trained from nothing on the glyph world: 12 animals and 12 objects in 11 colours, 128 x 128.
-An ordinary diffusers folder: `attnctl.load("glyph-sd")`, or `StableDiffusionPipeline.from_pretrained` on it.
-
-- Size: {size:,} parameters, half precision. Autoencoder: f = 8, {pipe.vae.config.latent_channels} channels,
-  {found["autoencoder_psnr"]:.1f} dB PSNR on scenes of other seeds. Text encoder: token and position embeddings without
-  a layer, so that a word's meaning sits in its own token. Prediction: v.
-- Data: {made["scenes"]:,} scenes of one to three things, drawn by `attnctl.glyph.scenes` with their captions. The pairs
-  in `attnctl.glyph.words.HELD_OUT` never appear together.
-- Training: `python -m attnctl.glyph.train autoencoder`, then `python -m attnctl.glyph.train sd`: {made["steps"]:,}
-  steps of {made["batch"]}, seed {made["seed"]}, grounding loss {made["grounding"]:g}, on a CPU.
-- Scores: `python -m attnctl.glyph.train score`; the judge reads the pictures. 20 steps of DDIM.
-
-## Pictures, at guidance {found["guidance"]:g}
-
-| what | right |
-|---|---|
-| "a X": X and nothing else | {q["singles"]:.1%} |
-| "a C O": the object in its colour | {q["colours"]:.1%} |
-| pairs of animals, both present | {q["present"]:.1%} |
-| ... pairs seen in training | {q["present_seen"]:.1%} |
-| ... pairs left out of training | {q["present_held_out"]:.1%} |
-
-Pairs are meant to fail at times, as those of large models do: that is what controls repair.
-
-## Guidance, on a part of the prompts
-
-| scale | single things | colours | both animals |
-|---|---|---|---|
-{chr(10).join(sweep)}
-
-## Word maps, on scenes of held-out pairs with noise added
-
-Mean over heads and layers at 16 x 16. Pointing: the map of a noun peaks on its own thing. Own share: its mass there
-over its mass on both things.
-
-| t | pointing | own share |
-|---|---|---|
-{chr(10).join(maps)}
-
-## Licence
-
-Apache-2.0. Trained on pictures rendered with Noto Color Emoji (noto-emoji project, copyright 2013-2017 Google Inc. and
-Arjen Nienhuis; image sources under Apache-2.0, font under the SIL Open Font License 1.1), which is not contained.
-"""

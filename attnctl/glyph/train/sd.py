@@ -1,7 +1,7 @@
 """glyph-sd: a small Stable Diffusion on the glyph world."""
 
 import json
-from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +9,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from rich.progress import track
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
-from attnctl.glyph.scenes import SIDE, Renderer, Scene
+from attnctl import attach
+from attnctl.engine.attachment import Attachment
+from attnctl.glyph.scenes import SIDE, Renderer
 from attnctl.glyph.tokenizer import build_tokenizer
-from attnctl.glyph.train.autoencoder import pixels, sheet
-from attnctl.glyph.train.grounding import GRID, MapScore, coverage, eager, grounding_loss, map_test, owners
+from attnctl.glyph.train.autoencoder import sheet
+from attnctl.glyph.train.composed import Composer
+from attnctl.glyph.train.encoded import encode, source
+from attnctl.glyph.train.explicit import Explicit
+from attnctl.glyph.train.grounding import GRID, MapScore, grounding_loss, map_test, owners
 from attnctl.glyph.train.loop import Losses
 from attnctl.glyph.words import CONCEPTS
 from attnctl.loading import ModelError, load_autoencoder
@@ -93,23 +96,6 @@ def new_unet(channels: int) -> UNet2DConditionModel:
     )
 
 
-def _batches(scenes: int, seed: int, size: int = 64) -> Iterator[list[Scene]]:
-    render = Renderer(stream=3)
-    for first in track(range(0, scenes, size), description="drawing and encoding scenes"):
-        yield [render.scene(seed * 10_000_000 + k) for k in range(first, min(first + size, scenes))]
-
-
-@torch.no_grad()
-def encode(vae: AutoencoderKL, tokenizer: CLIPTokenizer, scenes: list[Scene]) -> dict[str, Tensor]:
-    """Scaled latents (n, c, 16, 16), token ids and owners (n, 77), masks (n, 3, 16, 16); on the CPU, in small types."""
-    images = pixels(np.stack([scene.image for scene in scenes])).to(vae.device)
-    latents = vae.encode(images).latent_dist.mode() * vae.config.scaling_factor
-    ids, owner = owners(tokenizer, [scene.caption for scene in scenes])
-    masks = torch.stack([coverage(scene) for scene in scenes])
-    latents = latents.half().cpu().contiguous()
-    return {"latents": latents, "ids": ids.short(), "owner": owner.to(torch.int8), "masks": masks.half()}
-
-
 def noised(alphas: Tensor, latents: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """The noisy latents and the velocity to predict; alphas: (n,) cumulative products."""
     alpha, sigma = alphas.sqrt()[:, None, None, None], (1 - alphas).sqrt()[:, None, None, None]
@@ -125,15 +111,16 @@ def map_scores(pipe: StableDiffusionPipeline, scenes: int = 64) -> dict[int, Map
     text = pipe.text_encoder(data["ids"].long().to(pipe.device)).last_hidden_state
     pieces = {i for word in CONCEPTS for i in pipe.tokenizer(word).input_ids[1:-1]}
     nouns = torch.isin(data["ids"].long(), torch.tensor(sorted(pieces)))
-    scores = {}
-    for t in (300, 500, 700):
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(t)).to(pipe.device)
-        times = torch.full((len(latents),), t, device=pipe.device)
-        noisy, _ = noised(pipe.scheduler.alphas_cumprod.to(pipe.device)[times], latents, noise)
-        with eager(pipe.unet) as attention:
-            pipe.unet(noisy, times, text)
-        maps = [site.cpu() for site in attention.maps[GRID]]
-        scores[t] = map_test(maps, data["owner"].long(), nouns, data["masks"].float())
+    scores, explicit = {}, Explicit()
+    with attach(pipe, explicit) as attached:
+        for t in (300, 500, 700):
+            noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(t)).to(pipe.device)
+            times = torch.full((len(latents),), t, device=pipe.device)
+            noisy, _ = noised(pipe.scheduler.alphas_cumprod.to(pipe.device)[times], latents, noise)
+            with attached.batch([scene.caption for scene in drawn]) as block:
+                pipe.unet(noisy, times, text)
+            maps = [site.cpu() for site in block.state(explicit)[GRID]]
+            scores[t] = map_test(maps, data["owner"].long(), nouns, data["masks"].float())
     return scores
 
 
@@ -141,7 +128,15 @@ class Denoising:
     """v-prediction with min-SNR weights (gamma 5), captions dropped in one row of ten, and a grounding loss."""
 
     def __init__(
-        self, vae: Path, scenes: int, seed: int, device: str, cache: Path, grounding: float = 0.05, batch: int = BATCH
+        self,
+        vae: Path,
+        scenes: int,
+        seed: int,
+        device: str,
+        cache: Path,
+        grounding: float = 0.05,
+        batch: int = BATCH,
+        composer: Composer | None = None,
     ) -> None:
         self.vae: AutoencoderKL = load_autoencoder(vae).to(device).eval().requires_grad_(False)
         if (cells := SIDE // 2 ** (len(self.vae.config.block_out_channels) - 1)) != GRID:
@@ -150,25 +145,21 @@ class Denoising:
         self.made_by = {"steps": 0, "batch": batch, "scenes": scenes, "seed": seed, "grounding": grounding}
         self.tokenizer, self.scheduler = build_tokenizer(), new_scheduler()
         self.alphas = self.scheduler.alphas_cumprod.to(device)
-        self.data = self._data(scenes, seed, cache)
+        self.source = source(self.vae, self.tokenizer, scenes, seed, cache, composer)
         self.empty = owners(self.tokenizer, [""])[0].to(device)
         torch.manual_seed(seed)
         unet = new_unet(self.vae.config.latent_channels).to(memory_format=torch.channels_last)
         self.network: Any = nn.ModuleDict({"unet": unet, "text": new_text_encoder()}).to(device)
+        self.explicit = Explicit()
 
-    def _data(self, scenes: int, seed: int, cache: Path) -> dict[str, Tensor]:
-        """Latents, token ids, owners and masks of all training scenes; kept on disk, as drawing takes minutes."""
-        file = cache / f"scenes-{scenes}-{seed}.safetensors"
-        if not file.exists():
-            parts = [encode(self.vae, self.tokenizer, batch) for batch in _batches(scenes, seed)]
-            cache.mkdir(parents=True, exist_ok=True)
-            save_file({key: torch.cat([part[key] for part in parts]) for key in parts[0]}, file)
-        return load_file(file)
+    @cached_property
+    def attached(self) -> Attachment:
+        """Attached at the first loss, when the loop has copied the network for its average."""
+        return attach(self.pipeline(self.network), self.explicit)
 
     def loss(self, step: int, rng: torch.Generator) -> Losses:
         self.made_by["steps"] = step + 1
-        which = torch.randint(len(self.data["ids"]), (self.batch,), generator=rng)
-        rows = {key: value[which].to(self.device) for key, value in self.data.items()}
+        rows, captions = self.source.rows(self.batch, rng)
         # Evenly spread over the noise levels, which makes the loss of a batch less noisy.
         spread = (torch.arange(self.batch) + torch.rand(self.batch, generator=rng)) / self.batch
         t = (spread * len(self.alphas)).long().to(self.device)
@@ -177,16 +168,16 @@ class Denoising:
         ids = torch.where(dropped[:, None], self.empty, rows["ids"].long())
         owner = rows["owner"].long().masked_fill(dropped[:, None], -1)
         noisy, velocity = noised(self.alphas[t], rows["latents"].float(), noise)
-        with eager(self.network["unet"]) as attention:
+        with self.attached.batch(captions) as block, torch.autocast(noisy.device.type, torch.bfloat16):
             text = self.network["text"](ids).last_hidden_state
             got = self.network["unet"](noisy.contiguous(memory_format=torch.channels_last), t, text).sample
         snr = self.alphas[t] / (1 - self.alphas[t])
-        squared = F.mse_loss(got, velocity, reduction="none").mean((1, 2, 3))
+        squared = F.mse_loss(got.float(), velocity, reduction="none").mean((1, 2, 3))
         losses = {"velocity": (squared * snr.clamp(max=5) / (snr + 1)).mean()}
         if self.grounding:
             # Where hardly anything is left of the scene, nobody can know where a thing is.
             certainty = self.alphas[t].sqrt()
-            ground = grounding_loss(attention.maps, owner, rows["masks"].float(), certainty)
+            ground = grounding_loss(block.state(self.explicit), owner, rows["masks"].float(), certainty)
             losses["grounding"] = self.grounding * ground
         return losses
 
