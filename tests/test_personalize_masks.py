@@ -14,7 +14,9 @@ from attnctl.pipelines.personalize.masks import MaskError, given_masks, masks_fr
 from attnctl.pipelines.personalize.settings import settings_of
 from attnctl.pipelines.personalize.views import box_of, painted_out, views_around
 
-FEW = {"steps": 3, "rows": 2, "regular": 2, "view_count": 3, "kv_rate": 0.05, "word_rate": 0.05}
+FEW = {
+    "steps": 3, "rows": 2, "regular_rows": 1, "regular": 2, "view_count": 3, "kv_rate": 0.05, "word_rate": 0.05,
+}  # fmt: skip
 CONCEPTS = read_concepts("cat, dog")
 LEFT, RIGHT = (2, 4, 7, 12), (9, 4, 15, 12)  # of 16 pixels
 

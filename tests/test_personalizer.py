@@ -27,7 +27,10 @@ from attnctl.pipelines.personalizer import seen
 pytestmark = pytest.mark.filterwarnings("ignore::attnctl.errors.AttnctlWarning")  # random weights see no cat anywhere
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
-FEW = {"steps": 3, "rows": 2, "regular": 2, "view_count": 3, "kv_rate": 0.05, "word_rate": 0.05, "masks": "none"}
+FEW = {
+    "steps": 3, "rows": 2, "regular_rows": 1, "regular": 2, "view_count": 3, "kv_rate": 0.05, "word_rate": 0.05,
+    "masks": "none",
+}  # fmt: skip
 PROMPT = "a <v1> cat and a <v2> dog"
 
 
@@ -374,7 +377,7 @@ def test_words_the_tokenizer_has_and_other_models_are_refused(picture):
         ({"trained": "all"}, "trained is one of full, lora"),
         ({"kv_rate": -1.0}, "kv_rate"),
         ({"power": 3}, "power is 1, 2 or 4"),
-        ({"regular": 0}, "regular_rows needs regular pictures"),
+        ({"regular": 0, "regular_rows": 1}, "regular_rows needs regular pictures"),
         ({"step": 5}, "did you mean steps"),
     ],
 )

@@ -67,8 +67,8 @@ def personalize(
     Writes a LoRA and an embedding for each word, which stock diffusers loads, and a sheet of samples. Draw more with
     `attnctl generate 'a <v1> cat' --model mine`. A training that was stopped, in whatever way, goes on with --resume.
 
-    Pictures of the class nouns are drawn first (none with --set regular_rows=0) and the sheet last, so even few steps
-    take a while.
+    The places of the things are looked for first; OUT/masks.png shows what was found. The sheet is drawn last, and with
+    `--preset paper` pictures of the class nouns are drawn first, so even few steps take a while.
     """
     from attnctl import loading
     from attnctl.app.asked import open_model

@@ -75,10 +75,10 @@ class Settings:
 
     steps: int = 200
     rows: int = 4
-    regular_rows: int = 1
+    regular_rows: int = 0
     regular: int = 24
     regular_weight: float = 1.0
-    keep: float = 10.0
+    keep: float = 30.0
     kv_rate: float = 2e-3
     word_rate: float = 1e-2
     ease: bool = True
@@ -95,7 +95,7 @@ class Settings:
     factor: int | None = None
     snr: float | None = None
     views: Views = "ours"
-    view_count: int = 48
+    view_count: int = 24
     others: tuple[str, ...] = THINGS
     masks: Literal["ours", "paper", "none"] = "ours"
     subsets: Literal["all", "uniform", "loss"] = "uniform"
