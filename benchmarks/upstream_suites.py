@@ -106,7 +106,10 @@ def main(
     console, table = Console(), Table("suite", "plain", *way)
     told, differ = list[str](), 0
     for name in suite:
-        found = {one: outcomes(checkout, SUITES[name][:files], one, hub, limit) for one in ("plain", *way)}
+        found = dict[str, dict[str, Outcome]]()
+        for one in ("plain", *way):
+            found[one] = outcomes(checkout, SUITES[name][:files], one, hub, limit)
+            console.print(f"{name}, {one}: {spelled(found[one])}")
         table.add_row(name, *map(spelled, found.values()))
         for one in way:
             for test, before, after in differences(found["plain"], found[one]):
