@@ -1,6 +1,7 @@
 """benchmarks/effect.py compose: what is measured. Nothing is really drawn."""
 
 import compose_effect
+import compose_speed
 import numpy as np
 import pytest
 import tiny
@@ -20,6 +21,11 @@ def test_decibels():
     one, where = np.zeros((4, 4, 3), np.uint8), np.ones((4, 4), bool)
     assert psnr(one, one + 255, where) == pytest.approx(0.0)
     assert psnr(one, one + 51, where) == pytest.approx(13.98, abs=0.01)
+
+
+def test_one_site_is_infused_by_its_definition():
+    found = compose_speed.one_site(2, 36, 8)
+    assert found["gap"]["largest"] < 1e-5 and found["infused"]["seconds"] >= 0
 
 
 def test_the_list_has_what_it_should():
