@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from guided import watched
+from clock import watched
 from models import MODELS, build
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
