@@ -60,14 +60,14 @@ def test_it_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compose_effect.judge, "load", lambda: None)
     monkeypatch.setattr(compose_effect.attnctl, "load", lambda name: tiny.glyph())
     monkeypatch.setattr(compose_effect, "sheet", lambda *which: [[("ours", Image.new("RGB", (8, 8)))]])
-    compose_effect.main(["ours", "paper"], 2, 1, tmp_path)
+    compose_effect.main(["ours", "paper"], 2, 1, out=tmp_path)
     assert made == [("ours", 0, 0), ("ours", 1, 0), ("paper", 0, 0), ("paper", 1, 0)]
     lines = (tmp_path / "compose.jsonl").read_text()
     (tmp_path / "compose.jsonl").write_text(lines[:-20])
     made.clear()
-    compose_effect.main(["ours", "paper"], 2, 2, tmp_path)
+    compose_effect.main(["ours", "paper"], 2, 2, out=tmp_path)
     assert made == [("ours", 0, 1), ("ours", 1, 1), ("paper", 1, 0), ("paper", 0, 1), ("paper", 1, 1)]
     made.clear()
-    compose_effect.main(["ours", "paper"], 2, 2, tmp_path)
+    compose_effect.main(["ours", "paper"], 2, 2, out=tmp_path)
     assert made == []
     assert "ours" in capsys.readouterr().out and (tmp_path / "sheet.png").exists()
