@@ -381,6 +381,7 @@ def test_the_command_searches_by_a_function_of_ones_own_and_goes_on(command, tmp
 # --- processes, cost, picture -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # three processes that import torch
 def test_two_processes_find_what_one_finds(tmp_path):
     def hunt(log, devices=()):
         made = HeadHunter(tiny.sd1(), bright, ["cat", "dog"], heads="0", steps=1, batch=8)
@@ -391,7 +392,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
     assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
 
 
-@pytest.mark.slow  # three processes that import torch
+@pytest.mark.slow  # six processes that import torch
 def test_a_search_that_is_killed_goes_on_to_the_same_result(tmp_path):
     tiny.sd1().save_pretrained(tmp_path / "model")
     (tmp_path / "own.py").write_text(
