@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import typer
 from cases import write
+from clock import placed
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -164,6 +165,7 @@ def main(
     also: Annotated[list[str], typer.Option(help="A further set to draw; several times.")] = [],  # noqa: B006
     steps: Annotated[int, typer.Option(min=1, help="Of a picture.")] = 10,
     threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...: where pictures are drawn.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/heads"),
 ) -> None:
     if found_only and (truth_only or budget is None):
@@ -171,7 +173,7 @@ def main(
     command.check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
-    console, pipe = Console(), attnctl.load("glyph-sd")
+    console, pipe = Console(), placed(attnctl.load("glyph-sd"), device, torch.float32)
     pipe.set_progress_bar_config(disable=True)
     hunter = HeadHunter(pipe, Shown(), usual_prompts(), steps=steps, model="glyph-sd")
     pictures -= pictures % len(hunter.prompts)
@@ -179,6 +181,7 @@ def main(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     decides = ("model", "weights", "scope", "kind", "u", "scale", "steps", "batch", "prompts", "objective")
     setting = {name: hunter.settings[name] for name in decides} | {"seed": SEED, "threads": threads}
+    setting |= {} if device == "cpu" else {"device": device}
     with opened(out / "truth.jsonl", setting) as log, Bars(*columns, console=console) as bar:
         sets = len(hunter.sites) + sum(sorted(map(len, hunter.sites.values()))[-GOOD:])
         line = bar.add_task("brute force")

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
@@ -92,6 +93,8 @@ def pipelines(kind: type = DiffusionPipeline) -> Iterator[type]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Tests of UNets set eager attention, which attnctl refuses by name; fused attention is as good to them.
+    UNet2DConditionModel.set_default_attn_processor = lambda unet: unet.set_attn_processor(AttnProcessor2_0())
     if os.environ["ATTNCTL_STAND_INS"] == "1":
         for kind in {kind for kind, _ in MADE}:
             stand_in(kind)
