@@ -2,8 +2,8 @@
 
 Plain: the pipeline draws one picture with classifier-free guidance, two forwards a step. A composition inverts two
 pictures, once, and then draws. Time is of the processor; memory is the highest resident set beyond what was there
-before. Infusion keeps queries and keys of each self-attention and makes no table of logits; "one site" is its largest
-self-attention alone, against the same by its definition, with the tables of heads x cells x cells numbers.
+before. Infusion keeps queries and keys of each self-attention and makes no table of logits; "one site" is the largest
+self-attention of SD 1.5 alone, against the same by its definition, with the tables of heads x cells x cells numbers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-import attnctl
 from attnctl.pipelines import Composition, PrimeComposer
 from attnctl.pipelines.inversion_cache import InversionCache
 from attnctl.processors.composition import infused
@@ -65,8 +64,6 @@ def measure(name: str, bar: Progress, folder: Path) -> dict[str, Any]:
         one = json.loads(text)
         known[one.pop("part")] = one
     cache = InversionCache(folder / f"compose-{name}-inversions", name)
-    sites = [site for site in attnctl.sites(pipe) if site.kind in ("self", "joint")]
-    largest = max(sites, key=lambda site: _cells(site, side))
 
     def inversions() -> dict[str, Any]:
         base = PrimeComposer(pipe, steps=steps, cache=cache)
@@ -81,8 +78,7 @@ def measure(name: str, bar: Progress, folder: Path) -> dict[str, Any]:
 
     parts: dict[str, Callable[[], Any]] = {"plain": lambda: used(torch.no_grad()(run)), "two inversions": inversions}
     parts |= {setting: partial(composing, *how) for setting, how in SETTINGS.items()}
-    if name in SITE:
-        parts["one site"] = lambda: one_site(largest.heads, _cells(largest, side), SITE[name])
+    parts["one site"] = lambda: one_site(*SITE)
     line = bar.add_task(f"compose: {name}", total=len(parts))
     for part, work in parts.items():
         if part not in known:
@@ -92,7 +88,7 @@ def measure(name: str, bar: Progress, folder: Path) -> dict[str, Any]:
         bar.advance(line)
     notes.unlink()
     shutil.rmtree(cache.folder, ignore_errors=True)
-    return {"model": name, "steps": steps, "grid": largest.grid(side // 8, side // 8), "parts": known}
+    return {"model": name, "steps": steps, "parts": known}
 
 
 def used(run: Callable[[], Any]) -> dict[str, Any]:
@@ -102,13 +98,8 @@ def used(run: Callable[[], Any]) -> dict[str, Any]:
     return {"seconds": time.process_time() - begun, "mebibytes": memory}
 
 
-SITE = {"sd15": 40}
-"""Models of which one site is measured, and the width of a head there."""
-
-
-def _cells(site: Any, side: int) -> int:
-    height, width = site.grid(side // 8, side // 8)
-    return int(height * width)
+SITE = (8, 64 * 64, 40)
+"""Heads, cells and width of a head of the largest self-attention of SD 1.5 at 512 x 512."""
 
 
 def one_site(heads: int, cells: int, width: int) -> dict[str, dict[str, float]]:
@@ -137,7 +128,7 @@ def one_site(heads: int, cells: int, width: int) -> dict[str, dict[str, float]]:
 
 def show(found: dict[str, Any], console: Console) -> None:
     steps, parts = found["steps"], found["parts"]
-    plain, site = parts["plain"], parts.get("one site")
+    plain, site = parts["plain"], parts["one site"]
     title = f"{found['model']}, {steps} steps; plain {2 * steps} passes, {plain['seconds']:.1f} s of the processor"
     title += f", {plain['mebibytes']:.0f} MiB"
     table = Table("setting", "passes", "time / plain", "memory", "kept by infusion", title=title, box=SIMPLE_HEAD)
@@ -146,10 +137,7 @@ def show(found: dict[str, Any], console: Console) -> None:
             memory = (f"{row['mebibytes']:.0f} MiB", f"{row['kept'] / 2**20:.1f} MiB") if "kept" in row else ("", "")
             table.add_row(name, f"{row['passes']:g}", f"{row['seconds'] / plain['seconds']:.2f}", *memory)
     console.print(table)
-    if site is None:
-        return
-    height, width = found["grid"]
-    alone = Table("one site", "s", "memory", title=f"self-attention at {height} x {width}", box=SIMPLE_HEAD)
+    alone = Table("one site", "s", "memory", title="a self-attention of SD 1.5 at 64 x 64", box=SIMPLE_HEAD)
     for name, row in site.items():
         if "seconds" in row:
             alone.add_row(name, f"{row['seconds']:.2f}", f"{row['mebibytes']:.0f} MiB")
