@@ -73,7 +73,7 @@ def load(
         return pipe
     if folder is not None:
         check_folder(folder)
-        options["local_files_only"] = True
+        options = left_out(folder) | options | {"local_files_only": True}
     with quiet():
         from diffusers import DiffusionPipeline
 
@@ -207,6 +207,12 @@ def _worth_saying(record: LogRecord) -> bool:
 
 
 # --- a folder, read through -------------------------------------------------------------------------------------------
+
+
+def left_out(folder: Path) -> dict[str, Any]:
+    """The components that a pipeline was saved without, such as T5, which diffusers wants to be told again."""
+    index = _json(folder / "model_index.json", "")
+    return {name: None for name, entry in index.items() if entry == [None, None]}
 
 
 def check_folder(folder: Path) -> None:

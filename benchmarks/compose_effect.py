@@ -23,6 +23,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import torch
 import typer
+from clock import placed
 from compose_cases import PAIRS, Pair, composition, psnr
 from PIL import Image, ImageFilter
 from rich.box import SIMPLE_HEAD
@@ -169,6 +170,7 @@ def main(
     ] = None,
     compositions: Annotated[int, typer.Option(min=1, max=len(PAIRS), help="Of the fixed list, from its start.")] = 8,
     seeds: Annotated[int, typer.Option(min=1, help="Backgrounds of each composition.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...: where pictures are drawn.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for the table and the sheet.")] = Path("out/compose"),
 ) -> None:
     names = list(conditions or [*SCRATCH, *METHODS])
@@ -176,7 +178,11 @@ def main(
         raise typer.BadParameter(f"no condition {unknown[0]!r}; there are {', '.join([*SCRATCH, *METHODS])}")
     command.check_writable(out)
     torch.set_num_threads(1)
-    pipe, eye, console = attnctl.load("glyph-sd"), judge.load(), Console(width=None if sys.stdout.isatty() else 120)
+    pipe, eye, console = (
+        placed(attnctl.load("glyph-sd"), device, torch.float32),
+        judge.load(),
+        Console(width=None if sys.stdout.isatty() else 120),
+    )
     pipe.set_progress_bar_config(disable=True)
     pictures = out / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)

@@ -1,21 +1,25 @@
 """What a composition costs: passes of the denoiser, time and memory, against a plain run of as many steps.
 
 Plain: the pipeline draws one picture with classifier-free guidance, two forwards a step. A composition inverts two
-pictures, once, and then draws. Memory is the highest resident set beyond what was there before. Infusion keeps queries
-and keys of each self-attention and makes no table of logits; "one site" is its largest self-attention alone, against
-the same by its definition, with the tables of heads x cells x cells numbers.
+pictures, once, and then draws. Time is of the processor; memory is the highest resident set beyond what was there
+before. Infusion keeps queries and keys of each self-attention and makes no table of logits; "one site" is the largest
+self-attention of SD 1.5 alone, against the same by its definition, with the tables of heads x cells x cells numbers.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from guided import watched
+from clock import watched
 from models import MODELS, build
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -23,8 +27,8 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-import attnctl
 from attnctl.pipelines import Composition, PrimeComposer
+from attnctl.pipelines.inversion_cache import InversionCache
 from attnctl.processors.composition import infused
 
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -48,43 +52,54 @@ def asked(side: int) -> Composition:
     )  # fmt: skip
 
 
-def measure(name: str, bar: Progress) -> dict[str, Any]:
-    """The plain run and each setting, once."""
+def measure(name: str, bar: Progress, folder: Path) -> dict[str, Any]:
+    """The plain run and each setting, once. What was measured is noted in the folder: one that is stopped goes on."""
     steps = MODELS[name][2] if name == "glyph-sd" else FEW
     run, side = build(name, steps), MODELS[name][1]
     pipe = run.pipe  # type: ignore[attr-defined]
-    line = bar.add_task(f"compose: {name}", total=3 + len(SETTINGS))
-    plain = watched(torch.no_grad()(run), nullcontext())
-    bar.advance(line)
-    rows: dict[str, Any] = {}
-    base = PrimeComposer(pipe, steps=steps)
-    begun = time.perf_counter()
-    *_, calls = base.inverted(base.plan([asked(side)], (side, side)))
-    rows["two inversions"] = {"passes": calls, "time": time.perf_counter() - begun}
-    bar.advance(line)
-    for setting, (preset, changes) in SETTINGS.items():
-        composer = PrimeComposer(pipe, preset, **{"steps": steps} | changes)
-        composer.paths = base.paths
-        made: list[Any] = []
-        sample = watched(lambda: made.extend(composer.batch([asked(side)], size=(side, side))), nullcontext())  # noqa: B023
-        rows[setting] = {"passes": sum(made[0].passes.values()), "time": sample.seconds, "kept": made[0].kept}
-        rows[setting]["memory"] = sample.mebibytes
+    notes = folder / f"compose-{name}.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    known = {}
+    for text in notes.read_text().splitlines() if notes.exists() else ():
+        one = json.loads(text)
+        known[one.pop("part")] = one
+    cache = InversionCache(folder / f"compose-{name}-inversions", name)
+
+    def inversions() -> dict[str, Any]:
+        base = PrimeComposer(pipe, steps=steps, cache=cache)
+        plan, begun = base.plan([asked(side)], (side, side)), time.process_time()
+        *_, calls = base.inverted(plan)
+        return {"passes": calls, "seconds": time.process_time() - begun}
+
+    def composing(preset: str, changes: dict[str, Any]) -> dict[str, Any]:
+        composer, made = PrimeComposer(pipe, preset, cache=cache, **{"steps": steps} | changes), list[Any]()
+        sample = used(lambda: made.extend(composer.batch([asked(side)], size=(side, side))))
+        return sample | {"passes": sum(made[0].passes.values()), "kept": made[0].kept}
+
+    parts: dict[str, Callable[[], Any]] = {"plain": lambda: used(torch.no_grad()(run)), "two inversions": inversions}
+    parts |= {setting: partial(composing, *how) for setting, how in SETTINGS.items()}
+    parts["one site"] = lambda: one_site(*SITE)
+    line = bar.add_task(f"compose: {name}", total=len(parts))
+    for part, work in parts.items():
+        if part not in known:
+            known[part] = work()
+            with notes.open("a") as file:
+                file.write(json.dumps({"part": part} | known[part]) + "\n")
         bar.advance(line)
-    sites = [site for site in attnctl.sites(pipe) if site.kind in ("self", "joint")]
-    largest = max(sites, key=lambda site: _cells(site, side))
-    one = one_site(largest.heads, _cells(largest, side), SITE[name]) if name in SITE else None
-    bar.advance(line)
-    grid = largest.grid(side // 8, side // 8)
-    return {"model": name, "steps": steps, "plain": vars(plain), "rows": rows, "grid": grid, "site": one}
+    notes.unlink()
+    shutil.rmtree(cache.folder, ignore_errors=True)
+    return {"model": name, "steps": steps, "parts": known}
 
 
-SITE = {"sd15": 40}
-"""Models of which one site is measured, and the width of a head there."""
+def used(run: Callable[[], Any]) -> dict[str, Any]:
+    """Seconds of the processor, which do not tell what else the machine does, and the peak of memory."""
+    begun = time.process_time()
+    memory = watched(run, nullcontext()).mebibytes
+    return {"seconds": time.process_time() - begun, "mebibytes": memory}
 
 
-def _cells(site: Any, side: int) -> int:
-    height, width = site.grid(side // 8, side // 8)
-    return int(height * width)
+SITE = (8, 64 * 64, 40)
+"""Heads, cells and width of a head of the largest self-attention of SD 1.5 at 512 x 512."""
 
 
 def one_site(heads: int, cells: int, width: int) -> dict[str, dict[str, float]]:
@@ -106,26 +121,25 @@ def one_site(heads: int, cells: int, width: int) -> dict[str, dict[str, float]]:
     found = {}
     for name, call in runs.items():
         call()
-        found[name] = vars(watched(call, nullcontext()))
+        found[name] = used(call)
     gap = (runs["infused"]() - definition()).abs().max()
     return found | {"gap": {"largest": float(gap)}}
 
 
 def show(found: dict[str, Any], console: Console) -> None:
-    steps, plain = found["steps"], found["plain"]
-    title = f"{found['model']}, {steps} steps; plain {2 * steps} passes, {plain['seconds']:.1f} s"
+    steps, parts = found["steps"], found["parts"]
+    plain, site = parts["plain"], parts["one site"]
+    title = f"{found['model']}, {steps} steps; plain {2 * steps} passes, {plain['seconds']:.1f} s of the processor"
     title += f", {plain['mebibytes']:.0f} MiB"
     table = Table("setting", "passes", "time / plain", "memory", "kept by infusion", title=title, box=SIMPLE_HEAD)
-    for name, row in found["rows"].items():
-        memory, kept = (f"{row['memory']:.0f} MiB", f"{row['kept'] / 2**20:.1f} MiB") if "kept" in row else ("", "")
-        table.add_row(name, f"{row['passes']:g}", f"{row['time'] / plain['seconds']:.2f}", memory, kept)
+    for name, row in parts.items():
+        if "passes" in row:
+            memory = (f"{row['mebibytes']:.0f} MiB", f"{row['kept'] / 2**20:.1f} MiB") if "kept" in row else ("", "")
+            table.add_row(name, f"{row['passes']:g}", f"{row['seconds'] / plain['seconds']:.2f}", *memory)
     console.print(table)
-    if found["site"] is None:
-        return
-    height, width = found["grid"]
-    site = Table("one site", "s", "memory", title=f"self-attention at {height} x {width}", box=SIMPLE_HEAD)
-    for name, row in found["site"].items():
+    alone = Table("one site", "s", "memory", title="a self-attention of SD 1.5 at 64 x 64", box=SIMPLE_HEAD)
+    for name, row in site.items():
         if "seconds" in row:
-            site.add_row(name, f"{row['seconds']:.2f}", f"{row['mebibytes']:.0f} MiB")
-    console.print(site)
-    console.print(f"infused and by its definition differ by at most {found['site']['gap']['largest']:.1e}")
+            alone.add_row(name, f"{row['seconds']:.2f}", f"{row['mebibytes']:.0f} MiB")
+    console.print(alone)
+    console.print(f"infused and by its definition differ by at most {site['gap']['largest']:.1e}")

@@ -22,6 +22,7 @@ from typing import Annotated, Any, NoReturn
 import torch
 import typer
 from cases import Case, Half, agree, half, opened, read_done, setting_of, subset, unfinished, write
+from clock import placed
 from conditions import CONDITIONS
 from effect_report import contact_sheet, markdown, show, summary
 from PIL import Image
@@ -85,6 +86,7 @@ def main(
     steps: Annotated[int, typer.Option(min=1)] = 20,
     guidance: Annotated[float | None, typer.Option(help="Default: the model's.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn together.")] = 12,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...: where pictures are drawn.")] = "cpu",
     prompts_of: Annotated[
         Half, typer.Option("--half", help="A fixed half of the prompts: tune on the one only.")
     ] = Half.all,
@@ -97,7 +99,7 @@ def main(
         raise typer.BadParameter(f"no condition {unknown[0]!r}; there are {', '.join(CONDITIONS)}")
     command.check_writable(out)
     prompts = benchmark() if things == 2 else triples()
-    console, pipe, eye = Console(), attnctl.load(model), judge.load()
+    console, pipe, eye = Console(), placed(attnctl.load(model), device, torch.float32), judge.load()
     pipe.set_progress_bar_config(disable=True)
     if guidance is None:
         guidance = float(USUAL.get(model, {}).get("guidance", 7.5))
@@ -108,6 +110,7 @@ def main(
     cases = [Case(k, seed, name) for name in controls for seed in range(seeds) for k in picked]
 
     setting = setting_of(pipe, model, prompts, controls, steps=steps, guidance=guidance, batch=batch)
+    setting |= {} if device == "cpu" else {"device": device}
     folder, log = out / "pictures", out / "results.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     with opened(log) as results:

@@ -7,21 +7,16 @@ beyond the plain run, memory the highest resident set beyond what was there befo
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import os
-import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 from unittest.mock import patch
 
 import diffusers
 import torch
+from clock import Sample, placed, watched
 from models import MODELS, build
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -101,47 +96,11 @@ def settings_of(name: str) -> dict[str, Setting]:
     return found
 
 
-@dataclass
-class Sample:
-    seconds: float
-    mebibytes: float
-
-
-def watched(run: Callable[[], None], around: AbstractContextManager[Any]) -> Sample:
-    """Time of one run, and the peak of the resident set beyond what it was."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    page, before, done = os.sysconf("SC_PAGE_SIZE"), _pages(), threading.Event()
-    highest = before  # of a run that is over before anybody looks
-
-    def look() -> None:
-        nonlocal highest
-        while not done.wait(0.005):
-            highest = max(highest, _pages())
-
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    start = time.perf_counter()
-    try:
-        with around:
-            run()
-        seconds = time.perf_counter() - start
-    finally:
-        done.set()
-        watcher.join()
-    return Sample(seconds, (highest - before) * page / 2**20)
-
-
-def _pages() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1])
-
-
-def measure(name: str, repeats: int, bar: Progress) -> dict[str, Any]:
+def measure(name: str, repeats: int, bar: Progress, device: str = "cpu") -> dict[str, Any]:
     """Every setting in turn, `repeats` times, each time in another order; ratios are within a round."""
     steps = STEPS.get(name, MODELS[name][2])
     run = build(name, steps, **DEPTH.get(name, {}))
-    pipe = run.pipe  # type: ignore[attr-defined]
+    pipe = placed(run.pipe, device)  # type: ignore[attr-defined]
     runs: dict[str, tuple[Callable[[], None], Setting]] = {"plain": (run, lambda pipe: nullcontext())}
     if name == "sd15":
         runs["diffusers' Attend-and-Excite"] = theirs(pipe, MODELS[name][1], steps), lambda pipe: nullcontext()
@@ -152,12 +111,13 @@ def measure(name: str, repeats: int, bar: Progress) -> dict[str, Any]:
         shift = repeat % len(runs)
         for setting in [*runs][shift:] + [*runs][:shift]:
             call, around = runs[setting]
-            sample = watched(call, around(pipe))
+            sample = watched(call, around(pipe), device)
             if repeat:  # the first round warms up
                 found[setting].append(sample)
             bar.advance(line)
     return {
         "model": name,
+        "device": device,
         "depth": DEPTH.get(name),
         "steps": steps,
         "samples": {setting: [vars(sample) for sample in samples] for setting, samples in found.items()},

@@ -12,6 +12,7 @@ seed without guidance. Results are kept as they come.
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 import typer
 from cases import write
+from clock import placed
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -29,7 +31,7 @@ import attnctl
 from attnctl.app import command
 from attnctl.glyph.objective import Shown, usual_prompts
 from attnctl.pipelines.head_bench import LoggedBench, Progress, opened
-from attnctl.pipelines.head_hunter import HeadHunter
+from attnctl.pipelines.head_hunter import Found, HeadHunter
 from attnctl.pipelines.head_race import Floats, cases, rank
 
 SEED = 5_000_000  # of brute force; the search draws from others
@@ -70,24 +72,32 @@ class Truth:
     def __init__(self, hunter: HeadHunter, bench: LoggedBench, pictures: int) -> None:
         self.hunter, self.bench, self.pictures = hunter, bench, pictures
         self.gains: dict[str, Floats] = {}
+        self.groups: dict[str, list[str]] = {}
 
-    def measure(self, sets: list[str], stage: str) -> None:
+    def measure(self, sets: list[str], stage: str, pictures: int | None = None) -> None:
         """A picture of each prompt with each set, again and again, until their ranking can be relied on."""
         prompts = len(self.hunter.prompts)
-        for count in range(prompts, self.pictures + 1, prompts):
+        for count in range(prompts, (pictures or self.pictures) + 1, prompts):
             values = self.bench.gains(sets, cases(prompts, count, seed=SEED), self.hunter.steps, stage)
             if len(sets) > 1 and count > prompts and reliability(values) >= ENOUGH:
                 break
         self.gains |= dict(zip(sets, values, strict=True))
 
-    def brute_force(self) -> tuple[list[str], list[str]]:
-        """The sites, and the heads of the best of them."""
-        sites = list(self.hunter.sites)
+    def brute_force(self, also: Sequence[str]) -> None:
+        """The sites, further sets, and the heads of the best sites."""
+        self.groups["sites"] = sites = list(self.hunter.sites)
         self.measure(sites, "sites")
+        self.groups["also"] = list(also)
+        for one in also:
+            self.measure([one], one, len(self.gains[sites[0]]))
         best = sorted(sites, key=lambda one: -self.gains[one].mean())[:GOOD]
-        heads = [head for site in best for head in self.hunter.sites[site]]
-        self.measure(heads, "heads")
-        return sites, heads
+        self.groups["heads"] = [head for site in best for head in self.hunter.sites[site]]
+        self.measure(self.groups["heads"], "heads")
+
+    @property
+    def drawn(self) -> set[str]:
+        """The sets of brute force."""
+        return {*self.groups.get("sites", []), *self.groups.get("heads", [])}
 
     def most(self, sets: int) -> int:
         """Forward passes of so many sets, with the pictures without guidance, if all pictures are needed."""
@@ -95,19 +105,42 @@ class Truth:
         return self.pictures * (sets * one + plain)
 
 
-def compare(truth: Truth, found: str, sites: list[str], heads: list[str]) -> dict[str, Any]:
-    """What was found against the best set of brute force, every site whole (PAG on one layer), and no guidance."""
+def compare(truth: Truth, found: str) -> dict[str, Any]:
+    """A set against the best one of brute force, every site whole (PAG on one layer), and no guidance."""
     known, own = truth.gains, truth.gains[found]
-    best = max([*sites, *heads], key=lambda one: known[one].mean())
+    best = max((one for one in known if one in truth.drawn), key=lambda one: known[one].mean())
     against = {}
-    for one in dict.fromkeys([best, *sites]):
+    for one in dict.fromkeys([best, *truth.groups["sites"]]):
         count = min(len(own), len(known[one]))  # the same pictures
         against[one] = interval(own[:count] - known[one][:count])
     return {"found": found, "best": best, "against none": interval(own), "against": against}
 
 
-def show(truth: Truth, sites: list[str], heads: list[str], console: Console) -> None:
-    for name, sets in (("sites", sites), ("heads", heads)):
+def best_of(truth: Truth) -> Found:
+    """The best set of brute force, as a preset."""
+    hunter = truth.hunter
+    ranks = [rank(one, "brute force", gains) for one, gains in truth.gains.items() if one in truth.drawn]
+    ranks.sort(key=lambda one: -one.gain)
+    settings = {**hunter.settings, "method": "brute force", "seed": SEED}
+    return Found(ranks[0].heads, tuple(ranks), truth.bench.spent, hunter.shape, settings)
+
+
+def say(told: dict[str, Any], console: Console) -> None:
+    console.print(
+        f"heads {told['found']} on the pictures of brute force, with 95 % intervals: against no guidance "
+        "{:+.3f} ({:+.3f} to {:+.3f})".format(*told["against none"])
+    )
+    for name, values in told["against"].items():
+        label = "the best set," if name == told["best"] else "PAG on block"
+        console.print("  against {} {} {:+.3f} ({:+.3f} to {:+.3f})".format(label, name, *values))
+
+
+def show(truth: Truth, console: Console) -> None:
+    """The rankings that are complete."""
+    for name in ("sites", "heads"):
+        sets = truth.groups.get(name, [])
+        if not sets or sets[0] not in truth.gains:
+            continue
         gains = np.stack([truth.gains[one] for one in sets])
         title = f"{name}: {gains.shape[1]} pictures each, reliability {reliability(gains):.2f}"
         page = Table(title=title, box=SIMPLE_HEAD)
@@ -129,8 +162,10 @@ def main(
     minutes: Annotated[float, typer.Option(min=0.1, help="Stop after so many; go on next time.")] = 600.0,
     budget: Annotated[int | None, typer.Option(help="Of the search; default: a tenth of brute force.")] = None,
     found_only: Annotated[bool, typer.Option("--search", help="The search only; needs --budget.")] = False,
+    also: Annotated[list[str], typer.Option(help="A further set to draw; several times.")] = [],  # noqa: B006
     steps: Annotated[int, typer.Option(min=1, help="Of a picture.")] = 10,
     threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...: where pictures are drawn.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/heads"),
 ) -> None:
     if found_only and (truth_only or budget is None):
@@ -138,7 +173,7 @@ def main(
     command.check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
-    console, pipe = Console(), attnctl.load("glyph-sd")
+    console, pipe = Console(), placed(attnctl.load("glyph-sd"), device, torch.float32)
     pipe.set_progress_bar_config(disable=True)
     hunter = HeadHunter(pipe, Shown(), usual_prompts(), steps=steps, model="glyph-sd")
     pictures -= pictures % len(hunter.prompts)
@@ -146,6 +181,7 @@ def main(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     decides = ("model", "weights", "scope", "kind", "u", "scale", "steps", "batch", "prompts", "objective")
     setting = {name: hunter.settings[name] for name in decides} | {"seed": SEED, "threads": threads}
+    setting |= {} if device == "cpu" else {"device": device}
     with opened(out / "truth.jsonl", setting) as log, Bars(*columns, console=console) as bar:
         sets = len(hunter.sites) + sum(sorted(map(len, hunter.sites.values()))[-GOOD:])
         line = bar.add_task("brute force")
@@ -160,7 +196,7 @@ def main(
         bench.budget = truth.most(sets)
         try:
             if not found_only:
-                sites, heads = truth.brute_force()
+                truth.brute_force(also)
                 spent = bench.spent
             if not truth_only:
                 line = bar.add_task("search")
@@ -173,24 +209,25 @@ def main(
                     return
                 truth.measure([found.heads], "what was found")
         except Paused:
-            console.print(f"{bench.spent} of about {bench.budget} forward passes are done; say it again to go on")
+            show(truth, console)
+            for one in filter(truth.gains.__contains__, also):
+                say(compare(truth, one), console)
+            if truth.gains:
+                best_of(truth).save(out / "best.json")
+            console.print(f"{bench.spent} of at most {bench.budget} forward passes are done; say it again to go on")
             return
-    show(truth, sites, heads, console)
+    show(truth, console)
+    for one in also:
+        say(compare(truth, one), console)
     console.print(f"brute force: {spent} forward passes")
+    best_of(truth).save(out / "best.json")
     if truth_only:
         return
-    told_of = compare(truth, found.heads, sites, heads)
-    for one in found.ranks[:8]:
-        console.print(f"  {one}")
-    console.print(
-        f"search: {found.spent} forward passes ({found.spent / spent:.1%}), heads {found.heads}; on the pictures of "
-        "brute force, with 95 % intervals: against no guidance {:+.3f} ({:+.3f} to {:+.3f})".format(
-            *told_of["against none"]
-        )
-    )
-    for name, values in told_of["against"].items():
-        label = "the best set" if name == told_of["best"] else "PAG on block"
-        console.print("  against {} {} {:+.3f} ({:+.3f} to {:+.3f})".format(label, name, *values))
+    told_of = compare(truth, found.heads)
+    for known in found.ranks[:8]:
+        console.print(f"  {known}")
+    console.print(f"search: {found.spent} forward passes ({found.spent / spent:.1%})")
+    say(told_of, console)
     table = {one: [float(values.mean()), len(values)] for one, values in truth.gains.items()}
     write(
         out / "heads.json", json.dumps({"gains": table, "forwards": spent, "search": found.spent, **told_of}, indent=1)

@@ -28,14 +28,16 @@ def measure(name: str, repeats: int, bar: Progress) -> dict[str, Any]:
     rows, steps = ROWS[name]
     make, side, _ = MODELS[name]
     pipe, concepts = make(), read_concepts("cat, car")
-    with_maps = settings_of("ours", rows=rows, regular_rows=0)
+    with_maps = settings_of("ours", rows=rows, regular_rows=0, masks="none", keep=0.0)
     arms = {"plain": replace(with_maps, bind=0.0, separate=0.0), "calibrated": with_maps}
     dice = torch.Generator().manual_seed(0)
     trainer = Trainer(pipe, concepts, Encoders(pipe, concepts, with_maps, dice), with_maps, dice)
     cells = side // pipe.vae_scale_factor
     shape = rows, pipe.unet.config.in_channels, cells, cells
     text = caption([one.phrase for one in concepts], with_maps)
-    views = Examples(torch.randn(shape, generator=dice), torch.ones(rows, cells, cells), [text] * rows)
+    views = Examples(
+        torch.randn(shape, generator=dice), torch.ones(rows, cells, cells), [text] * rows, torch.zeros(rows)
+    )
     line = bar.add_task(f"personalize: {name}", total=repeats + 1)
     times: dict[str, list[float]] = {arm: [] for arm in arms}
     for repeat in range(repeats + 1):

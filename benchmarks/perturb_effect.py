@@ -21,6 +21,7 @@ import cases as pictures
 import effect
 import torch
 import typer
+from clock import placed
 from effect_report import between
 from measures import paired, rate
 from PIL import Image, ImageDraw, ImageFont
@@ -185,11 +186,12 @@ def main(
     model: Annotated[str, typer.Option(help="Embedded name or pipeline folder.")] = "glyph-sd",
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn together.")] = 12,
     threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...: where pictures are drawn.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for pictures, results and the sheet.")] = Path("out/perturb"),
 ) -> None:
     command.check_writable(out)
     torch.set_num_threads(threads)
-    texts, console, pipe, eye = prompts(), Console(), attnctl.load(model), judge.load()
+    texts, console, pipe, eye = prompts(), Console(), placed(attnctl.load(model), device, torch.float32), judge.load()
     pipe.set_progress_bar_config(disable=True)
     guidance = float(USUAL.get(model, {}).get("guidance", 7.5))
     half = pictures.Half.development if scan else pictures.Half.report
@@ -208,6 +210,7 @@ def main(
         "versions": installed_versions(),
         "conditions": {name: [str(one)] for name, one in by_name.items()},
     }
+    setting |= {} if device == "cpu" else {"device": device}
     folder, log = out / "pictures", out / "results.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     with pictures.opened(log) as results:

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import diffusers
 import torch
-from guided import Sample, watched
+from clock import Sample, placed, watched
 from models import MODELS, build
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -55,10 +55,10 @@ def unshared(pipe: Any, control: Any) -> Any:
         yield
 
 
-def measure(repeats: int, bar: Progress, steps: int = 1) -> dict[str, Any]:
+def measure(repeats: int, bar: Progress, steps: int = 1, device: str = "cpu") -> dict[str, Any]:
     """Every setting in turn, `repeats` times, each time in another order; ratios are within a round."""
     run, side = build("sd3", steps, layers=LAYERS), MODELS["sd3"][1]
-    pipe = run.pipe  # type: ignore[attr-defined]
+    pipe = placed(run.pipe, device)  # type: ignore[attr-defined]
     blocks = [site.block for site in pick_heads(attnctl.sites(pipe), "mid")]
     control = Pag("mid")
     soft = Perturb("mid", u=0.5)
@@ -80,13 +80,14 @@ def measure(repeats: int, bar: Progress, steps: int = 1) -> dict[str, Any]:
             def kept(call: Callable[[], Any] = call, setting: str = setting) -> None:
                 drawn[setting] = call()
 
-            sample = watched(kept, around())
+            sample = watched(kept, around(), device)
             if repeat:  # the first round warms up
                 found[setting].append(sample)
             bar.advance(line)
     promised = (2 + (LAYERS - blocks[0]) / LAYERS) / 3
     return {
         "model": "sd3",
+        "device": device,
         "layers": LAYERS,
         "blocks": blocks,
         "promised": promised,

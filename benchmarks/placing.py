@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import cases
 import torch
 import typer
+from clock import placed
 from measures import paired, rate
 from mixing import draw_mixed
 from rich.console import Console
@@ -151,6 +152,7 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="Pictures of each.")] = 1,
     steps: Annotated[int, typer.Option(min=1)] = 20,
     threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...: where pictures are drawn.")] = "cpu",
     things: Annotated[int, typer.Option(help="Of a prompt: 2 or 4.")] = 2,
     model: Annotated[str, typer.Option(help="Embedded name or pipeline folder.")] = "glyph-sd",
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("out/regions"),
@@ -159,7 +161,7 @@ def main(
         raise typer.BadParameter("--things is 2 or 4")
     command.check_writable(out)
     torch.set_num_threads(threads)
-    pipe, console = attnctl.load(model), Console()
+    pipe, console = placed(attnctl.load(model), device, torch.float32), Console()
     pipe.set_progress_bar_config(disable=True)
     texts = benchmark() if things == 2 else fours()
     half = cases.half(texts, cases.Half.report) if things == 2 else list(range(len(texts)))

@@ -16,7 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from guided import watched
+from clock import placed, watched
 from models import build
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -85,17 +85,11 @@ def counted(run: Callable[[], Any], around: AbstractContextManager[Any]) -> tupl
 
 def observed(run: Callable[[], Any], around: AbstractContextManager[Any], device: str) -> tuple[float, float]:
     """(seconds, peak MiB) of one run."""
-    if not device.startswith("cuda"):
-        start = time.process_time()  # of the processor: what else runs on the machine must not count
-        memory = watched(run, around).mebibytes
-        return time.process_time() - start, memory
-    torch.cuda.reset_peak_memory_stats()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    with around:
-        run()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**20
+    start = time.process_time()
+    sample = watched(run, around, device)
+    if device == "cpu":  # time of the processor: what else runs on the machine must not count
+        return time.process_time() - start, sample.mebibytes
+    return sample.seconds, sample.mebibytes
 
 
 def measure(name: str, repeats: int, bar: Progress, device: str = "cpu") -> dict[str, Any]:
@@ -109,8 +103,7 @@ def measure(name: str, repeats: int, bar: Progress, device: str = "cpu") -> dict
         return pipe("a street in the evening", generator=noise, **size, **guidance).images
 
     with ExitStack() as stack:
-        if device != "cpu":
-            pipe.to(device, torch.bfloat16)
+        placed(pipe, device)
         found = settings(pipe)
         line = bar.add_task(f"regions: {name}", total=(repeats + 1) * len(found))
         flops, kernels = dict[str, int](), dict[str, dict[str, int]]()

@@ -15,7 +15,6 @@ maps: the maps of all words, against the plain run; beside it, recording as DAAM
 import json
 import os
 import platform
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ import perturb_speed
 import regions_speed
 import torch
 import typer
+from clock import placed, timed
 from models import MODELS, build
 from rich.console import Console
 from rich.progress import Progress
@@ -89,18 +89,10 @@ TOPICS: dict[str, dict[str, Setting]] = {
 }
 
 
-def timed(run: Callable[[], None], around: AbstractContextManager[Any]) -> float:
-    """Seconds of one run, what is around it included."""
-    start = time.perf_counter()
-    with around:
-        run()
-    return time.perf_counter() - start
-
-
-def measure(name: str, topic: str, repeats: int, bar: Progress) -> dict[str, Any]:
+def measure(name: str, topic: str, repeats: int, bar: Progress, device: str = "cpu") -> dict[str, Any]:
     """Plain and each setting in turn, `repeats` times, each time in another order; ratios are within a round."""
     run = build(name)
-    pipe = run.pipe  # type: ignore[attr-defined]
+    pipe = placed(run.pipe, device)  # type: ignore[attr-defined]
     settings = TOPICS[topic]
     line = bar.add_task(f"{topic}: {name}", total=repeats + 1)
     times: dict[str, list[float]] = {setting: [] for setting in ("plain", *settings)}
@@ -108,12 +100,19 @@ def measure(name: str, topic: str, repeats: int, bar: Progress) -> dict[str, Any
         shift = repeat % len(times)  # who comes after whom must not matter
         for setting in [*times][shift:] + [*times][:shift]:
             around = nullcontext() if setting == "plain" else settings[setting](pipe)
-            seconds = timed(run, around)
+            seconds = timed(run, around, device)
             if repeat:  # the first round warms up
                 times[setting].append(seconds)
         bar.advance(line)
     ratios = {s: median(b / a for a, b in zip(times["plain"], times[s], strict=True)) for s in settings}
-    return {"model": name, "topic": topic, "plain": median(times["plain"]), "ratios": ratios, "seconds": times}
+    return {
+        "model": name,
+        "topic": topic,
+        "device": device,
+        "plain": median(times["plain"]),
+        "ratios": ratios,
+        "seconds": times,
+    }
 
 
 def machine() -> dict[str, Any]:
@@ -132,21 +131,23 @@ def main(
     model: Annotated[list[str], typer.Option(help=f"Any of {', '.join(MODELS)}.")] = list(MODELS),  # noqa: B006
     repeats: Annotated[int, typer.Option(min=1, help="Measured rounds, after one to warm up.")] = 5,
     out: Annotated[Path, typer.Option(help="File for all times.")] = Path("out/speed.json"),
-    device: Annotated[str, typer.Option(help="For regions: cpu, or cuda in bfloat16.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, or another such as cuda, in bfloat16.")] = "cpu",
 ) -> None:
     for given, known in ((topics, [*TOPICS, *APART]), (model, MODELS)):
         if unknown := [name for name in given if name not in known]:
             raise typer.BadParameter(f"no {unknown[0]!r}; there are {', '.join(known)}")
+    if device != "cpu" and (fixed := [name for name in topics if name in ("batch", "compose", "personalize")]):
+        raise typer.BadParameter(f"{fixed[0]} is measured by the processor's time, on the CPU alone")
     with Progress() as bar:
-        found = [measure(name, topic, repeats, bar) for name in model for topic in topics if topic in TOPICS]
-        guidance = [guided.measure(name, repeats, bar) for name in model if "guided" in topics]
+        found = [measure(name, topic, repeats, bar, device) for name in model for topic in topics if topic in TOPICS]
+        guidance = [guided.measure(name, repeats, bar, device) for name in model if "guided" in topics]
         trained = [
             personalize_speed.measure(name, repeats, bar)
             for name in model
             if "personalize" in topics and name in personalize_speed.ROWS
         ]
-        compositions = [compose_speed.measure(name, bar) for name in model if "compose" in topics]
-        perturbation = perturb_speed.measure(repeats, bar) if "perturb" in topics else None
+        compositions = [compose_speed.measure(name, bar, out.parent) for name in model if "compose" in topics]
+        perturbation = perturb_speed.measure(repeats, bar, device=device) if "perturb" in topics else None
         areas = [m for m in regions_speed.MODELS if m in model] if "regions" in topics else []
         placed = [regions_speed.measure(name, repeats, bar, device) for name in areas]
         batches = batch_speed.measure(repeats, bar) if "batch" in topics else None

@@ -75,12 +75,16 @@ def main(
             for which in (0, 1) if number % 2 == 0 else (1, 0):
                 for figure, shares in measured(trees[which], arguments).items():
                     found[which].setdefault(figure, []).extend(shares)
+            show(found, commit, f"{number + 1} of {rounds} runs each, of {repeats} rounds")
+
+
+def show(found: list[dict[Figure, list[float]]], commit: str, said: str) -> None:
+    """What is known so far."""
     table = Table("model", "topic", "setting", "then", "now", "now / then", title=f"time / plain, since {commit}")
     for figure in sorted(found[0].keys() & found[1].keys()):
         then, now = (median(one[figure]) for one in found)
         table.add_row(*figure, f"{then:.3f}", f"{now:.3f}", f"{now / then:.3f}")
-    Console().print(table)
-    Console().print(f"{rounds} runs of {repeats} rounds each, in turn; {os.cpu_count()} cores")
+    Console().print(table, f"{said}, in turn; {os.cpu_count()} cores", sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
-// The canvas of regions. props.value: {boxes: [[phrase, left, top, right, bottom], ...], phrases, colours, ratio}.
+// The canvas of regions. props.value: {boxes: [[phrase, left, top, right, bottom], ...], phrases, colours, ratio,
+// picture}; the picture, if there is one, lies behind the boxes.
 const find = (name) => element.querySelector(name);
 const clamp = (value) => Math.min(1, Math.max(0, Math.round(value * 100) / 100));
 const boxes = () => (props.value?.boxes ?? []).map((box) => [...box]);
 let held = null;  // while a pointer is down: which box, what is done with it, and where the pointer began
 
 function draw(shown) {
-    const { phrases = [], colours = [], ratio = 1 } = props.value ?? {};
+    const { phrases = [], colours = [], ratio = 1, picture = "" } = props.value ?? {};
     const [select, area] = [find("select"), find(".area")];
     const names = [...new Set([...phrases, ...shown.map((box) => box[0])])];
     if ([...select.options].map((one) => one.value).join("\n") !== names.join("\n"))
         select.replaceChildren(...names.map((name) => new Option(name, name)));
     area.style.aspectRatio = ratio;
+    area.style.backgroundImage = picture && `url("${picture}")`;
     area.replaceChildren(...shown.map(([phrase, left, top, right, bottom], number) => {
         const one = document.createElement("button");
         one.className = "box";

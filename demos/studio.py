@@ -19,7 +19,7 @@ from attnctl.app.region_text import redrawn
 from attnctl.app.service import Service, lines
 from attnctl.errors import AttnctlError
 
-from . import heads, regions, runs
+from . import compose, heads, regions, runs
 from .api import endpoints, opened, refused, told
 from .cards import EXAMPLES, QUIET, form, listed
 from .chips import SHOWS, chips
@@ -59,6 +59,8 @@ def page(studio: Service) -> gr.Blocks:
             _words(ui)
             _cards(ui, studio, known)
             runs.wire(ui, studio)
+        with gr.Tab("Compose"):
+            compose.tab(studio)
         with gr.Tab("Batch"):
             runs.batch(studio)
         endpoints(studio)

@@ -18,7 +18,7 @@ WIDE = 16  # heads a block, up to which gains are written into the cells
 
 
 def colour_of(one: Rank, largest: float) -> Colour:
-    """Grey is no gain, blue `largest`, orange as much of a loss; washed out as far as it may be chance."""
+    """Grey is no gain, blue `largest` or more, orange as much of a loss; washed out as far as it may be chance."""
     part = max(-1.0, min(1.0, one.gain / largest)) if largest else 0.0
     solid = _between(NOTHING, HELPS if part > 0 else HARMS, abs(part))
     return _between(UNSURE, solid, _certainty(one, largest))
@@ -60,7 +60,10 @@ def head_grid(ranks: Sequence[Rank], chosen: str, objective: str = "score") -> I
     width = max(first + count * side + 16, 470)
     page = Image.new("RGB", (width, top + len(rows) * side + 118), "white")
     pen = ImageDraw.Draw(page)
-    largest = max((abs(one.gain) for one in single.values() if one.stage != "prune"), default=0.0)
+    drawn = [one for one in single.values() if one.stage != "prune"]
+    largest = max((abs(one.gain) - one.error for one in drawn if not math.isnan(one.error)), default=0.0)
+    if largest <= 0:  # nothing is above its error
+        largest = max((abs(one.gain) for one in drawn), default=0.0)
     pen.text((8, top - 10), "block", INK, font, anchor="ls")
     pen.text((left + side / 2, top - 10), "all", INK, font, anchor="ms")
     for k in range(count):

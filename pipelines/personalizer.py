@@ -12,26 +12,26 @@ thing are trained on one picture, while the attention maps of the words are cali
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from attnctl.concepts import Concept, Learnt
 from attnctl.engine.families.registry import family_of
 from attnctl.errors import AttnctlWarning, ControlError, UnsupportedPipelineError
 from attnctl.pipelines.personalize.checkpoint import Checkpoints, about
-from attnctl.pipelines.personalize.concepts import Encoders, caption, read_concepts
+from attnctl.pipelines.personalize.concepts import Encoders, read_concepts
+from attnctl.pipelines.personalize.examples import Examples, Stage, encoded, regular_of, views_of
 from attnctl.pipelines.personalize.files import learnt_of
+from attnctl.pipelines.personalize.masks import Found, given_masks, look, masks_from
 from attnctl.pipelines.personalize.settings import Settings, settings_of
-from attnctl.pipelines.personalize.trainer import Examples, Progress, Trainer
-from attnctl.pipelines.personalize.views import make_views, pixels, squared
-
-Stage = Callable[[str, int, int], None]
+from attnctl.pipelines.personalize.trainer import Progress, Trainer
+from attnctl.pipelines.personalize.views import squared
 
 FAINT, SHARED = 0.05, 0.5  # glyph-sd gives things it sees 0.2 to 0.4, and things that are not there 0.03 to 0.05
 
@@ -77,6 +77,8 @@ class Personalizer:
         resume: bool = False,
         every: int = 50,
         preview: Callable[[int], object] | None = None,
+        masks: Mapping[str, Image.Image] | None = None,
+        found: Callable[[Found], object] | None = None,
     ) -> Learnt:
         """Train.
 
@@ -89,24 +91,30 @@ class Personalizer:
                 is none.
             every: how many steps lie between two checkpoints, and between two previews.
             preview: called with the number of steps done, while the pipeline draws with the words as they are by then.
+            masks: noun or word -> where its thing is, a picture of the shape of `picture`, white or not transparent
+                there; one for each thing. None: they are looked for, see `Settings.masks`.
+            found: told which masks were found.
 
         Raises:
-            ControlError: the training in `folder` was begun with something else, or a file cannot be written.
+            ControlError: the training in `folder` was begun with something else, a file cannot be written, or masks
+                make no sense.
+            MaskError: the model cannot tell the things apart; the pipeline is as it was.
 
         Warns:
             AttnctlWarning: the model hardly finds a noun in the picture, or finds two of them in one place.
         """
         settings, tell = self.settings, stage or (lambda name, done, total: None)
         dice = torch.Generator().manual_seed(settings.seed)
-        kept = Checkpoints(Path(folder), about(self.concepts, settings, picture, self.pipe)) if folder else None
-        found = kept.prepared() if kept and resume else None
-        views, regular = found or (self._views(picture, tell), self._regular(tell) if settings.regular_rows else None)
-        if kept and found is None:
+        source = squared(picture, self.side)
+        own = given_masks(masks, self.concepts, self.side) if masks else None
+        kept = Checkpoints(Path(folder), about(self.concepts, settings, picture, self.pipe, own)) if folder else None
+        ready = kept.prepared() if kept and resume else None
+        views, regular = ready or self._prepared(source, own, tell, found)
+        if kept and ready is None:
             kept.prepare(views, regular)
         encoders = Encoders(self.pipe, self.concepts, settings, dice)
-        before = {name: p.detach().clone() for name, p in _keys_and_values(self.pipe.unet).items()}
         trainer = Trainer(self.pipe, self.concepts, encoders, settings, dice)
-        if kept and found and (state := kept.state()) is not None:
+        if kept and ready and (state := kept.state()) is not None:
             trainer.restore(state)
         else:
             for line in seen(self.concepts, trainer.look(views)):
@@ -117,51 +125,23 @@ class Personalizer:
                 kept.keep(trainer.state())
             if preview and trainer.step < settings.steps:
                 preview(trainer.step)
-        return learnt_of(trainer, before)
+        return learnt_of(trainer, trainer.before)
 
-    @torch.no_grad()
-    def _views(self, picture: Image.Image, tell: Stage) -> Examples:
-        """The views of the picture, through the autoencoder."""
-        settings, vae, side = self.settings, self.pipe.vae, self.side
-        source = squared(picture, side)
-        views = make_views(settings.views, settings.view_count, side, np.random.default_rng(settings.seed))
-        latents = []
-        for at in range(0, len(views), 8):
-            tell("views of the picture", at, len(views))
-            some = pixels([view.picture(source, side) for view in views[at : at + 8]])
-            latents.append(vae.encode(some.to(vae.device, vae.dtype)).latent_dist.mode().float().cpu())
-        scaled = torch.cat(latents) * vae.config.scaling_factor
-        spoken = caption([one.phrase for one in self.concepts], settings)
-        valid = torch.stack([view.valid(scaled.shape[-1]) for view in views])
-        return Examples(scaled, valid, [view.prefix + spoken for view in views])
-
-    @torch.no_grad()
-    def _regular(self, tell: Stage) -> Examples:
-        """Pictures of the nouns, half of them of all together, drawn by the model as it is (prior preservation)."""
-        settings = self.settings
-        nouns = [one.noun for one in self.concepts]
-        count, latents, captions = settings.regular, [], list[str]()
-        for number in range(count):
-            alone = number % 2 and len(nouns) > 1
-            captions.append(caption([nouns[number // 2 % len(nouns)]] if alone else nouns, settings))
-        for at in range(0, count, 4):
-            tell("regular pictures", at, count)
-            some = captions[at : at + 4]
-            seeds = [torch.Generator().manual_seed(1000 * settings.seed + at + k) for k in range(len(some))]
-            latents.append(self._draw(some, seeds).float().cpu())
-        found = torch.cat(latents)
-        return Examples(found, torch.ones(count, *found.shape[-2:]), captions)
-
-    def _draw(self, prompts: list[str], seeds: list[torch.Generator]) -> Any:
-        """Latents of pictures, at low guidance and in few steps: they keep what the model knows; none will see them."""
-        bar = getattr(self.pipe, "_progress_bar_config", {})
-        self.pipe.set_progress_bar_config(**{**bar, "disable": True})
-        try:
-            return self.pipe(
-                prompts, num_inference_steps=20, guidance_scale=3.0, generator=seeds, output_type="latent"
-            ).images
-        finally:
-            self.pipe.set_progress_bar_config(**{"disable": False, **bar})
+    def _prepared(
+        self, source: Image.Image, given: Tensor | None, tell: Stage, watch: Callable[[Found], object] | None
+    ) -> tuple[Examples, Examples | None]:
+        """Views of the square picture, and regular pictures."""
+        settings, masks = self.settings, given
+        if masks is None and settings.masks != "none" and len(self.concepts) > 1:
+            tell("masks", 0, 1)
+            latents = encoded(self.pipe, [source], lambda at: None)
+            found = look(self.pipe, latents, [one.noun for one in self.concepts], settings.masks, settings.seed)
+            told = masks_from(found, self.concepts, source)
+            if watch is not None:
+                watch(told)
+            masks = told.masks
+        views = views_of(self.pipe, source, self.concepts, settings, masks, tell)
+        return views, regular_of(self.pipe, self.concepts, settings, tell) if settings.regular_rows else None
 
 
 def seen(concepts: Sequence[Concept], maps: torch.Tensor) -> list[str]:
@@ -183,9 +163,3 @@ def seen(concepts: Sequence[Concept], maps: torch.Tensor) -> list[str]:
             names = f"{concepts[one].noun!r} and {concepts[other].noun!r}"
             lines.append(f"{names} look at the same place of the picture ({common:.0%} of their maps); use other nouns")
     return lines
-
-
-def _keys_and_values(unet: Any) -> dict[str, torch.nn.Parameter]:
-    """Weights of the keys and values of cross-attention, by name."""
-    ends = ("attn2.to_k.weight", "attn2.to_v.weight")
-    return {name: p for name, p in unet.named_parameters() if name.endswith(ends)}

@@ -8,6 +8,7 @@ from attnctl.maps.recorder import TokenMaps
 
 from .astar import AStar
 from .binding import Binding
+from .calibrate import Calibrate
 from .couple import Couple
 from .dense_regions import DenseRegions
 from .excitation import Excitation
@@ -21,6 +22,6 @@ from .retention import Retention
 from .segregation import Segregation
 
 __all__ = [
-    "AStar", "Binding", "Control", "Couple", "DenseRegions", "Excitation", "Isolation", "LoraRegions", "Nag", "Pag",
-    "Perturb", "Placement", "Regions", "Retention", "Seg", "Segregation", "Slg", "TokenMaps", "Tpg",
+    "AStar", "Binding", "Calibrate", "Control", "Couple", "DenseRegions", "Excitation", "Isolation", "LoraRegions",
+    "Nag", "Pag", "Perturb", "Placement", "Regions", "Retention", "Seg", "Segregation", "Slg", "TokenMaps", "Tpg",
 ]  # fmt: skip

@@ -20,6 +20,7 @@ from attnctl.engine.control import Control
 from attnctl.processors import (
     AStar,
     Binding,
+    Calibrate,
     Couple,
     DenseRegions,
     Excitation,
@@ -72,6 +73,10 @@ CASES = {
         lambda: Retention("dog", masks={"cat": LEFT}, strength=0.0),
     ),
     "binding": Case(lambda: Binding(("and", "dog"), relative=0.1), lambda: Binding(("and", "dog"), strength=0.0)),
+    "calibrate": Case(
+        lambda: Calibrate(("and", "dog"), ("a", "cat"), relative=0.1),
+        lambda: Calibrate(("and", "dog"), strength=0.0),
+    ),
     "astar": Case(
         lambda: AStar("cat", "dog", bonds=(("and", "cat"),), updates=2, loss_target=0.1, relative=0.1),
         lambda: AStar("cat", "dog", strength=0.0),

@@ -3,10 +3,16 @@
 import math
 
 import pytest
+import tiny
 import torch
 
+from attnctl import attach
 from attnctl.errors import ControlError
+from attnctl.processors import Calibrate
+from attnctl.processors.calibrate import Calibrates
 from attnctl.processors.calibration import Calibration, blur, min_max, soft_iou
+from attnctl.processors.latents.loss_terms import View
+from attnctl.processors.latents.map_gradient import PhraseTokens
 
 
 def blob(y, x, width=2.0, side=16):
@@ -177,3 +183,47 @@ def test_only_overlap_is_the_mean_product():
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ControlError, match=next(iter(settings))):
         Calibration(**settings)
+
+
+# --- while drawing ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd3"])
+def test_while_drawing_the_losses_go_down(family):
+    """The gradient on the latents lowers both losses of the step that it is taken in."""
+    pipe = tiny.FAMILIES[family]()
+    control = Calibrate(("and", "dog"), ("red", "cat"), updates=4, relative=0.02, window=(0, 0.3))
+    with attach(pipe, control) as run:
+        tiny.draw(pipe, "a red cat and a dog", steps=4)
+    losses = [float(one.losses[0]) for one in run.run.state(control).updates if one.step == 0]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+
+
+def test_the_losses_while_drawing_are_those_of_training():
+    """What is reported of the first evaluation is what `Calibration` makes of the same probabilities."""
+    torch.manual_seed(0)
+    tokens = torch.rand(1, 4, 6, 6)
+    loss = Calibrates((("red", "cat"), ("big", "dog")), Calibration(0.5, 2.0))
+    members = torch.eye(4)[None]
+    found = PhraseTokens(torch.arange(4)[None], torch.ones(1, 4).bool(), members, members[:, :, None])
+    assert loss.begin(None, ("red", "cat", "big", "dog"), [()], found).tolist() == [True]
+    view = View(tokens, tokens, [0], "mean")
+    wanted = Calibration(0.5, 2.0).read(tokens[:, [0, 2]], tokens[:, [1, 3]])
+    assert torch.allclose(loss.read(view).total, wanted.total[None])
+    values, counts = loss.parts(view)
+    assert torch.allclose(values, torch.cat([wanted.binding, wanted.apart], 1)) and counts.all()
+    assert loss.labels == ("red | cat", "big | dog", "cat | dog")
+
+
+@pytest.mark.parametrize(
+    "make, told",
+    [
+        (lambda: Calibrate(), "needs a word and its noun"),
+        (lambda: Calibrate("cat"), "a bond is"),
+        (lambda: Calibrate("red cat", power=3), "power is 1, 2 or 4"),
+        (lambda: Calibrate("red cat", bind=0.0, separate=0.0), "nothing to do"),
+    ],
+)
+def test_calibrate_refuses_what_makes_no_sense(make, told):
+    with pytest.raises(ControlError, match=told):
+        make()

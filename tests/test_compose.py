@@ -21,7 +21,7 @@ from attnctl.pipelines.compose_settings import PRESETS, Settings, settings_of
 from attnctl.pipelines.inversion import decode, encode
 from attnctl.pipelines.object_masks import mask_from_words
 from attnctl.pipelines.pasting import box_in, object_mask, opened, paste
-from attnctl.processors import Pag, TokenMaps
+from attnctl.processors import Excitation, Pag, Regions, TokenMaps
 
 PROMPT = "a cat and a red dog"
 LONG = dict.fromkeys(("sd3", "sd35", "flux"), {"max_sequence_length": 16})
@@ -301,3 +301,43 @@ def test_each_object_has_its_box():
     one, two = made.compositions("a cat", 3)
     assert (one.mask, Path(two.mask).name, one.words, two.words, two.seed) == (None, "m.png", ("a", "b"), ("c",), 3)
     assert Path(made.placed(Path("/x")).background) == Path("/x/b.png") and one.others == ("d",)
+
+
+def test_a_lora_acts_in_inversion_and_drawing(tmp_path):
+    """Other LoRAs are other inversions; without it, all is as before."""
+    peft = pytest.importorskip("peft")
+    donor = tiny.sd1()
+    settings = {"r": 4, "target_modules": ["to_q", "to_k", "to_v"], "init_lora_weights": False}
+    donor.unet.add_adapter(peft.LoraConfig(**settings))
+    layers = peft.utils.get_peft_model_state_dict(donor.unet)
+    type(donor).save_lora_weights(tmp_path, unet_lora_layers=layers)
+    pipe = tiny.sd1()
+    composer = PrimeComposer(pipe, steps=2)
+
+    def made():
+        return composer(**vars(asked()), size=(48, 32))
+
+    plain = made()
+    pipe.load_lora_weights(tmp_path, adapter_name="one")
+    with_it = made()
+    assert with_it.passes["inversion"] == 4 and with_it.picture.tobytes() != plain.picture.tobytes()
+    pipe.delete_adapters("one")
+    again = made()
+    assert again.passes["inversion"] == 0 and again.picture.tobytes() == plain.picture.tobytes()
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd3", "flux"])
+def test_regions_and_segregation_act_beside_it(family):
+    """What other controls say holds, too: the picture is another one, and outside of the box it is the background."""
+    pipe = tiny.FAMILIES[family]()
+    composer = PrimeComposer(pipe, steps=2, start=0.0)
+    plain = composer(**vars(asked()), size=(48, 32), **LONG.get(family, {}))
+    seen = {plain.picture.tobytes()}
+    for control in (Regions({"cat": (0, 0, 0.5, 1)}, inside=0.0), Excitation("cat", look_ahead=0, window=(0, 1))):
+        made = composer(**vars(asked()), size=(48, 32), controls=[control], **LONG.get(family, {}))
+        seen.add(made.picture.tobytes())
+        left, top, right, bottom = made.box
+        outside = np.asarray(made.picture, int) - np.asarray(plain.picture)
+        outside[max(0, top - 8) : bottom + 8, max(0, left - 8) : right + 8] = 0  # the decoder sees a little around
+        assert np.abs(outside).max() <= 1
+    assert len(seen) == 3

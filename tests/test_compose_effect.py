@@ -1,6 +1,7 @@
 """benchmarks/effect.py compose: what is measured. Nothing is really drawn."""
 
 import compose_effect
+import compose_speed
 import numpy as np
 import pytest
 import tiny
@@ -20,6 +21,11 @@ def test_decibels():
     one, where = np.zeros((4, 4, 3), np.uint8), np.ones((4, 4), bool)
     assert psnr(one, one + 255, where) == pytest.approx(0.0)
     assert psnr(one, one + 51, where) == pytest.approx(13.98, abs=0.01)
+
+
+def test_one_site_is_infused_by_its_definition():
+    found = compose_speed.one_site(2, 36, 8)
+    assert found["gap"]["largest"] < 1e-5 and found["infused"]["seconds"] >= 0
 
 
 def test_the_list_has_what_it_should():
@@ -54,14 +60,14 @@ def test_it_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compose_effect.judge, "load", lambda: None)
     monkeypatch.setattr(compose_effect.attnctl, "load", lambda name: tiny.glyph())
     monkeypatch.setattr(compose_effect, "sheet", lambda *which: [[("ours", Image.new("RGB", (8, 8)))]])
-    compose_effect.main(["ours", "paper"], 2, 1, tmp_path)
+    compose_effect.main(["ours", "paper"], 2, 1, out=tmp_path)
     assert made == [("ours", 0, 0), ("ours", 1, 0), ("paper", 0, 0), ("paper", 1, 0)]
     lines = (tmp_path / "compose.jsonl").read_text()
     (tmp_path / "compose.jsonl").write_text(lines[:-20])
     made.clear()
-    compose_effect.main(["ours", "paper"], 2, 2, tmp_path)
+    compose_effect.main(["ours", "paper"], 2, 2, out=tmp_path)
     assert made == [("ours", 0, 1), ("ours", 1, 1), ("paper", 1, 0), ("paper", 0, 1), ("paper", 1, 1)]
     made.clear()
-    compose_effect.main(["ours", "paper"], 2, 2, tmp_path)
+    compose_effect.main(["ours", "paper"], 2, 2, out=tmp_path)
     assert made == []
     assert "ours" in capsys.readouterr().out and (tmp_path / "sheet.png").exists()

@@ -121,3 +121,16 @@ def test_a_processor_without_memory_says_so(error):
     pipe.vae.decode = decode
     with pytest.raises(DrawingError, match="out of memory on cpu"):
         draw(pipe, recipe(steps=1), [])
+
+
+def test_a_word_that_the_model_was_never_taught():
+    pipe = tiny.sd1()
+    with pytest.raises(DrawingError, match="learned no word '<v3>', nor any other; name a folder of concepts"):
+        draw(pipe, recipe(prompt="a <v3> cat"), [])
+    pipe.tokenizer.add_tokens(["<v1>"])
+    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer), mean_resizing=False)
+    for changes in ({"prompt": "a <v1> cat and a <v3> dog"}, {"negative": "a <v3>"}):
+        with pytest.raises(DrawingError, match=r"no word '<v3>', did you mean <v1>\?;") as error:
+            draw(pipe, recipe(**changes), [])
+        assert "\n" not in str(error.value)
+    draw(pipe, recipe(prompt="a <v1> cat <3 -> <-> i", steps=1), [])

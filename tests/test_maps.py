@@ -12,6 +12,7 @@ from attnctl.engine.control import AttentionCall
 from attnctl.engine.sites import Site, with_text
 from attnctl.errors import ControlError, NoSiteError, PhraseError
 from attnctl.maps import pictures as heatmaps
+from attnctl.maps import probabilities
 from attnctl.maps.probabilities import Listener, call_maps, direct, known, one_hot, token_maps
 from attnctl.maps.reader import Maps, join_grids
 from attnctl.maps.recorder import TokenMaps
@@ -141,6 +142,52 @@ def test_listening_changes_no_bit_and_hears_the_row_sums(inference, dtype, kv_he
     want = reference(q.double(), k.double(), torch.tensor([0]), 0.4, call.bias)[1]
     assert kernel.lse is not None
     torch.testing.assert_close(kernel.lse.double(), want, atol=1e-5 if dtype == torch.float32 else 0.02, rtol=0)
+
+
+@pytest.fixture
+def silent(monkeypatch):
+    """Kernels of CUDA, made for the CPU, that tell row sums only when asked to: (name, what they tell) -> installed."""
+    monkeypatch.setattr(probabilities, "_true", {})
+    with torch.library._scoped_library("aten", "IMPL") as library:
+
+        def install(name, told):
+            def kernel(q, k, v, bias, compute_log_sumexp, *rest, scale=None):
+                lse = told(q @ k.mT * scale + (0 if bias is None else bias)) if compute_log_sumexp else q.new_empty(0)
+                out = F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
+                more = [torch.tensor(0)] * 2 if "efficient" in name else [torch.tensor(0)] * 2 + [0, 0] + [q[:0]] * 3
+                return out, lse, *more
+
+            library.impl(name, kernel, "CPU")
+            return getattr(torch.ops.aten, name)
+
+        yield install
+
+
+ROUNDED = ("_scaled_dot_product_efficient_attention", lambda logits: F.pad(logits.logsumexp(-1), (0, 26)))
+DEEPER = ("_scaled_dot_product_cudnn_attention", lambda logits: logits.logsumexp(-1, keepdim=True))
+OTHER = ("_scaled_dot_product_cudnn_attention", lambda logits: logits.logsumexp(-1, keepdim=True) / math.log(2))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("kernel", "told"), [ROUNDED, DEEPER, OTHER], ids=["efficient", "cudnn", "in another unit"])
+def test_kernels_that_must_be_asked_for_the_row_sums(silent, kernel, told, masked):
+    run = silent(kernel, told)
+    q, k = tensors(dtype=torch.float32, queries=70, keys=150)
+    bias = torch.randn(1, 1, 70, 150) if masked else None
+    call = call_of(q, k, bias, 0.4)
+    plain = run(q, k, k, bias, False, scale=0.4)
+    assert plain[1].numel() == 0
+    for _ in range(2):
+        with Listener(call) as listener:
+            out = run(q, k, k, bias, False, scale=0.4)
+        assert torch.equal(out[0], plain[0])
+        if told is OTHER[1]:
+            assert listener.lse is None
+        else:
+            torch.testing.assert_close(listener.lse, reference(q, k, torch.tensor([0]), 0.4, bias)[1])
+    with Listener(call) as listener:
+        assert run(q + 0, k, k, bias, False, scale=0.4)[1].numel() == 0
+    assert listener.lse is None
 
 
 def test_what_ran_on_something_else_is_not_heard():

@@ -27,7 +27,10 @@ from attnctl.pipelines.personalizer import seen
 pytestmark = pytest.mark.filterwarnings("ignore::attnctl.errors.AttnctlWarning")  # random weights see no cat anywhere
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
-FEW = {"steps": 3, "rows": 2, "regular": 2, "view_count": 3, "kv_rate": 0.05, "word_rate": 0.05}
+FEW = {
+    "steps": 3, "rows": 2, "regular_rows": 1, "regular": 2, "view_count": 3, "kv_rate": 0.05, "word_rate": 0.05,
+    "masks": "none",
+}  # fmt: skip
 PROMPT = "a <v1> cat and a <v2> dog"
 
 
@@ -113,7 +116,7 @@ def test_calibration_changes_what_is_learnt_and_is_told(picture):
     seen = []
     kept = Personalizer(tiny.sd1(), "cat, dog", **FEW, bind=0.1, separate=0.1).learn(picture, seen.append)
     plain = learnt(tiny.sd1(), picture, bind=0.0, separate=0.0)
-    assert [one.step for one in seen] == [1, 2, 3] and seen[0].losses.keys() == {"denoise", "binding", "apart"}
+    assert [one.step for one in seen] == [1, 2, 3] and seen[0].losses.keys() == {"denoise", "binding", "apart", "keep"}
     assert not torch.equal(kept.words["<v1>"][0], plain.words["<v1>"][0])
 
 
@@ -374,7 +377,7 @@ def test_words_the_tokenizer_has_and_other_models_are_refused(picture):
         ({"trained": "all"}, "trained is one of full, lora"),
         ({"kv_rate": -1.0}, "kv_rate"),
         ({"power": 3}, "power is 1, 2 or 4"),
-        ({"regular": 0}, "regular_rows needs regular pictures"),
+        ({"regular": 0, "regular_rows": 1}, "regular_rows needs regular pictures"),
         ({"step": 5}, "did you mean steps"),
     ],
 )
@@ -479,6 +482,11 @@ def test_a_folder_of_concepts_is_a_model(command, picture, folder, tmp_path):
         (["mine.png", "--concepts", "cat", "--set", "steps"], "write it as name=value"),
         (["mine.png", "--concepts", "cat", "--set", "steps=many"], "steps is a whole number"),
         (["mine.png", "--concepts", "cat", "--model", "nothing"], "unknown model 'nothing'"),
+        (["mine.png", "--concepts", "cat", "--preview", "-1"], "--preview -1: from 0 up"),
+        (["mine.png", "--concepts", "cat", "--mask", "cat"], "write it as noun=file"),
+        (["mine.png", "--concepts", "cat", "--mask", "cat=none.png"], "cannot read none.png"),
+        (["mine.png", "--concepts", "cat", "--mask", "dog=mine.png"], "there is a mask for 'dog'; concepts are cat"),
+        (["mine.png", "--concepts", "cat, dog", "--mask", "cat=mine.png"], "'dog' has no mask"),
     ],
 )
 def test_the_command_refuses_in_one_line_before_it_trains(command, picture, tmp_path, words, told):

@@ -253,3 +253,37 @@ def test_nothing_is_cut_off_at_any_width(browser, address, width):
     expect(page.locator("#chips .word").first).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.close()
+
+
+def test_an_object_goes_into_a_picture(page, tmp_path):
+    """An example fills the tab; the box is dragged and written; work is cancelled; result, sheet and command come."""
+    page.get_by_role("tab", name="Compose").click()
+    page.get_by_role("button", name="Apple").click()
+    box = page.locator("#place .box")
+    expect(box).to_be_visible()
+    expect(text(page, "box")).to_have_value("0.6,0.35,0.95,0.7")
+    expect(page.locator("#place .area")).to_have_css("background-image", re.compile("data:image/jpeg"))
+    text(page, "box").fill("0.5,0.3,0.9,0.7")
+    expect(box).to_have_attribute("aria-label", re.compile("0.5, 0.3, 0.9, 0.7"))
+    box.press("ArrowRight")
+    expect(text(page, "box")).to_have_value("0.55,0.3,0.95,0.7")
+    area = page.locator("#place .area").bounding_box()
+    page.mouse.move(area["x"] + 0.5 * area["width"], area["y"] + 0.85 * area["height"])
+    page.mouse.down()
+    page.mouse.move(area["x"] + 0.9 * area["width"], area["y"] + 0.97 * area["height"], steps=4)
+    page.mouse.up()
+    expect(text(page, "box")).to_have_value(re.compile(r"^0\.5\d*,0\.8\d*,0\.\d+,0\.9\d*$"))
+    text(page, "box").fill("0.6,0.35,0.95,0.7")
+    page.locator("#compose").click()
+    expect(page.locator("#compose-status")).to_contain_text(re.compile(r"step \d+ of \d+"))
+    page.locator("#compose-stop").click()
+    expect(page.locator("#compose-status")).to_contain_text("Stopped")
+    page.wait_for_timeout(1000)  # the page first hears that the run is over
+    page.locator("#compose").click()
+    expect(page.locator("#compose-status")).to_contain_text("Made in")
+    expect(page.locator("#composed img").last).to_be_visible()
+    expect(page.locator("#compose-sheet img")).to_be_visible()
+    expect(page.locator("#compose-command")).to_contain_text("attnctl compose --background background.png")
+    text(page, "box").fill("0,0,400,20")
+    page.locator("#compose").click()
+    expect(page.get_by_text("ends beyond the picture")).to_be_visible()

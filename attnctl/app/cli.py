@@ -264,7 +264,8 @@ def reproduce(
         changes = known.differences(recipe.installed_versions(), used["weights"])
         if composition is not None:
             changes += composition.changes
-            again = composing.composed(pipe, composition, known, controls, bar)[-1].picture
+            size = (known.width, known.height) if known.width and known.height else None
+            again = composing.composed(pipe, composition, size, known.negative, controls, bar)[-1].picture
         else:
             drawings = {
                 kind: drawing.draw(pipe, known, controls if kind == "controlled" else [], kind, bar)

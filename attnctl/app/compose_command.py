@@ -121,7 +121,7 @@ def compose(
         )  # fmt: skip
         recipe = recipe_for(drawing, request)
         kept = InversionCache(usual_folder(), weights) if cache else None
-        turns = composed(pipe, request, recipe, bar=bar, measure=check, cache=kept)
+        turns = composed(pipe, request, shape, negative, bar=bar, measure=check, cache=kept)
         with paused(bar):
             for made in turns:
                 if not words:

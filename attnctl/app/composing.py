@@ -192,7 +192,8 @@ def checked(
 def composed(
     pipe: Any,
     request: Request,
-    recipe: Recipe,
+    size: tuple[int, int] | None,
+    negative: str | None,
     controls: Sequence[Control] = (),
     bar: Progress | None = None,
     measure: bool = False,
@@ -204,7 +205,8 @@ def composed(
     Args:
         pipe: the pipeline.
         request: what to compose.
-        recipe: size and negative prompt.
+        size: (width, height) of the result; None: as fits the background and the model.
+        negative: prompt.
         controls: further ones.
         bar: shows the steps.
         measure: also tell what inversion loses.
@@ -217,8 +219,7 @@ def composed(
     composer = PrimeComposer(pipe, cache=cache, **asdict(request.settings))
     if kept is not None:
         composer.paths = kept
-    more: dict[str, Any] = {} if recipe.negative is None else {"negative_prompt": recipe.negative}
-    size = (recipe.width, recipe.height) if recipe.width and recipe.height else None
+    more: dict[str, Any] = {} if negative is None else {"negative_prompt": negative}
     with steps_shown(pipe, bar, "composing"):
         return composer.in_turn(request.several, measure=measure, size=size, controls=controls, **more)
 

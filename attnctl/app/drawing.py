@@ -11,10 +11,10 @@ from PIL import Image
 
 from attnctl.app.preview import previewed
 from attnctl.app.region_text import outlined
-from attnctl.errors import AttnctlError, PhraseError, UnsupportedPipelineError, short
+from attnctl.errors import AttnctlError, PhraseError, UnsupportedPipelineError, instead, short
 from attnctl.sheets import Cell, grid
 from attnctl.words.phrases import positions, streams
-from attnctl.words.spelling import words
+from attnctl.words.spelling import unlearned, words
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -152,6 +152,7 @@ def draw_together(
     from attnctl.engine.attachment import attach
 
     first = recipes[0]
+    check_learned(pipe, recipes)
     settings = _call_settings(pipe, recipes)
     # On the CPU whatever the device, so that a seed means the same noise everywhere.
     noise = [torch.Generator("cpu").manual_seed(recipe.seed) for recipe in recipes]
@@ -266,6 +267,20 @@ def _left_alone(run: "Attachment", controls: Sequence["Control"], image: int) ->
     """The controls that left a picture alone."""
     found = [(control, getattr(state, "foreseen", None)) for control, state in run.run.states(controls)]
     return tuple(type(control).__name__ for control, ahead in found if ahead is not None and image in ahead.alone)
+
+
+def check_learned(pipe: "DiffusionPipeline", recipes: Iterable["Recipe"]) -> None:
+    """Raise if a prompt has a word in angle brackets that the model was never taught."""
+    found = (getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3"))
+    tokenizers: list[Any] = [one for one in found if hasattr(one, "get_added_vocab")]
+    for text in {text for recipe in recipes for text in (recipe.prompt, recipe.negative) if text and tokenizers}:
+        for word in unlearned(text, tokenizers):
+            special = {word for one in tokenizers for word in one.all_special_tokens}
+            known = sorted({word for one in tokenizers for word in one.get_added_vocab()} - special)
+            raise DrawingError(
+                f"the model has learned no word {short(word)!r}, {instead(word, known) if known else 'nor any other'}; "
+                "name a folder of concepts as the model, or write it without brackets"
+            )
 
 
 def _call_settings(pipe: "DiffusionPipeline", recipes: Sequence["Recipe"]) -> dict[str, Any]:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SAMPLES = 4  # pictures of each prompt on the sheet
 EVERY = 50  # steps between two checkpoints
+MASKS = "masks.png"
+LITTLE = 64  # side in pixels at which masks are checked before the model says which side it wants
 
 
 def personalize(
@@ -43,6 +45,13 @@ def personalize(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A setting, as name=value; may be given several times.")
     ] = None,
+    mask: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Where a thing is, as noun=file: white on black, as large as the picture. One for each thing; without "
+            "any the model looks for them itself."
+        ),
+    ] = None,
     sample: Annotated[str | None, typer.Option(help="One more prompt to draw at the end.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a training that was interrupted.")] = False,
     preview: Annotated[int, typer.Option(help="Draw a sheet of samples every so many steps; 0: at the end only.")] = 0,
@@ -53,12 +62,13 @@ def personalize(
 
     - attnctl personalize mine.png --concepts 'cat, car' --out mine
     - `attnctl personalize mine.png --concepts '<rex>=dog, <kit>=cat' --model ./my-sd15 --set steps=300`
+    - attnctl personalize mine.png --concepts 'cat, car' --mask cat=cat.png --mask car=car.png
 
     Writes a LoRA and an embedding for each word, which stock diffusers loads, and a sheet of samples. Draw more with
     `attnctl generate 'a <v1> cat' --model mine`. A training that was stopped, in whatever way, goes on with --resume.
 
-    Pictures of the class nouns are drawn first (none with --set regular_rows=0) and the sheet last, so even few steps
-    take a while.
+    The places of the things are looked for first; OUT/masks.png shows what was found. The sheet is drawn last, and with
+    `--preset paper` pictures of the class nouns are drawn first, so even few steps take a while.
     """
     from attnctl import loading
     from attnctl.app.asked import open_model
@@ -70,31 +80,40 @@ def personalize(
     small = model in loading.embedded()
     chosen = preset or ("ours" if small else "paper")
     asked = settings_in(set_ or [])
-    settings_of(chosen, **asked)  # a wrong one fails before anything is loaded
-    read_concepts(concepts)
+    settings_of(chosen, **asked)  # a wrong one fails before anything is loaded, as all that follows
+    named = read_concepts(concepts)
+    if preview < 0:
+        raise UsageError(f"--preview {preview}: from 0 up")
     source = open_picture(picture)
+    masks = masks_in(mask or [])
     check_writable(out)
 
     from attnctl.pipelines.personalize.checkpoint import end_training
+    from attnctl.pipelines.personalize.masks import MaskError, given_masks
     from attnctl.pipelines.personalizer import Personalizer
 
-    if preview < 0:
-        raise UsageError(f"--preview {preview}: from 0 up")
+    if masks:
+        given_masks(masks, named, LITTLE)
 
     with bars() as bar:
         pipe = open_model(model, device, "float32", bar, 2 if threads is None and small else threads)
         personalizer = Personalizer(pipe, concepts, chosen, **asked)
         shown = Shown(bar)
         samples = Samples(pipe, personalizer.concepts, source, personalizer.side, sample, loading.usual(model), bar)
-        learnt = personalizer.learn(
-            source,
-            shown.step,
-            shown.stage,
-            folder=out,
-            resume=resume,
-            every=preview or EVERY,
-            preview=(lambda step: samples.save(out / f"preview-{step:04d}.png")) if preview else None,
-        )
+        try:
+            learnt = personalizer.learn(
+                source,
+                shown.step,
+                shown.stage,
+                folder=out,
+                resume=resume,
+                every=preview or EVERY,
+                preview=(lambda step: samples.save(out / f"preview-{step:04d}.png")) if preview else None,
+                masks=masks or None,
+                found=lambda found: _keep(found.picture, out),
+            )
+        except MaskError as error:
+            raise UsageError(f"{error}; see {plain(_keep(error.picture, out))}") from None
         folder = replace(learnt, base=loading.written(model)).save(out)
         end_training(folder)
         with paused(bar):
@@ -105,9 +124,31 @@ def personalize(
             print(shown.summary(), *(plain(folder / name) for name in learnt.files), plain(path), sep="\n", flush=True)
 
 
+def _keep(picture: Image.Image, out: Path) -> Path:
+    """Save the picture of the masks."""
+    out.mkdir(parents=True, exist_ok=True)
+    picture.save(out / MASKS)
+    return out / MASKS
+
+
+def masks_in(given: list[str]) -> dict[str, Image.Image]:
+    """noun -> the picture of `--mask noun=file`."""
+    from attnctl.app.recipe import open_picture
+
+    found = dict[str, Any]()
+    for one in given:
+        name, equals, file = (part.strip() for part in one.partition("="))
+        if not equals or not name or not file:
+            raise UsageError(f"--mask {short(one)}: write it as noun=file, such as cat=cat.png")
+        if name in found:
+            raise UsageError(f"--mask {short(one)}: {name!r} has a mask already")
+        found[name] = open_picture(Path(file))
+    return found
+
+
 def settings_in(changes: list[str]) -> dict[str, Any]:
     """The settings of `--set name=value`; values are numbers, true, false, none or words."""
-    from attnctl.pipelines.personalize.settings import Settings
+    from attnctl.pipelines.personalize.settings import CHOICES, Settings
 
     known, found = [one.name for one in fields(Settings)], dict[str, Any]()
     for change in changes:
@@ -116,7 +157,7 @@ def settings_in(changes: list[str]) -> dict[str, Any]:
             raise UsageError(f"--set {short(change)}: write it as name=value, such as steps=100")
         if name not in known:
             raise UsageError(f"--set {short(change)}: there is no setting {name!r}; {instead(name, known)}")
-        found[name] = _value(value)
+        found[name] = value if name in (*CHOICES, "others") else _value(value)
     return found
 
 

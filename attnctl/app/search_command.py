@@ -64,19 +64,26 @@ def heads(
     if model != "glyph-sd" and (objective is None or prompts is None):
         raise UsageError(f"--model {model} needs --objective and --prompts; only glyph-sd has its own")
     texts = _lines(prompts) if prompts is not None else []
+    import torch
+
     from attnctl.app.asked import open_model
     from attnctl.app.bars import bars, paused
     from attnctl.glyph.objective import usual_prompts
+    from attnctl.loading import usable_device
     from attnctl.pipelines.head_hunter import HeadHunter
     from attnctl.pipelines.head_objectives import styled
 
     devices = [one.strip() for one in (device or "").split(",")]
+    for name in filter(None, devices):
+        usable_device(name)
+    place = devices[0] or ("cuda" if torch.cuda.is_available() else "cpu")
+    score = objective_of(objective or "judge", place)  # before the model: it may be refused
     texts = texts or usual_prompts()
     with bars() as bar:
-        pipe = open_model(model, devices[0] or None, "float32", bar, threads)
+        pipe = open_model(model, place, "float32", bar, threads)
         hunter = HeadHunter(
             pipe,
-            objective_of(objective or "judge", str(pipe.device)),
+            score,
             styled(style, texts) if style is not None else texts,
             heads=where,
             steps=steps,

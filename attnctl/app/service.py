@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -111,7 +112,10 @@ def restored(file: Path) -> Recipe:
     try:
         if file.suffix == ".json" and file.stat().st_size < 2**20:
             return Recipe.from_json(file.read_text(encoding="utf-8", errors="replace"))
-        return read(file)[1]
+        found = read(file)[1]
+        if found.compose is not None:
+            raise ServiceError(f"{file.name} is a composition: the tab Compose makes one, of pictures that you bring")
+        return found
     except Image.DecompressionBombError:
         raise ServiceError(f"{file.name} is too large a picture") from None
     except AttnctlError as error:  # without the folder that uploads lie in
@@ -164,6 +168,11 @@ class Service:
             }
         if model in embedded():
             torch.set_num_threads(1)  # as the command line has it; each thread has its own number
+
+    def loaded(self, model: str) -> Any:
+        """The pipeline of a permitted model, for work that has its turn."""
+        self._open(model)
+        return self.pipe
 
     def close(self) -> None:
         """Free the memory of the model; the next run loads it again."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable
+from typing import Any
 
 from attnctl.errors import PhraseError, short
 
@@ -83,6 +85,15 @@ def _decomposed(text: str) -> tuple[str, list[int]]:
 def _bounded(char: str) -> bool:
     """Whether words end where this character does: a sign needs no boundary, and some scripts write none."""
     return re.match(LETTER, char) is not None and not unicodedata.name(char, "").startswith(UNSPACED)
+
+
+LEARNED = re.compile(r"<[^\W\d_][^<>\s]*>")  # "<v1>", "<rex>": how words that a model learns later are written
+
+
+def unlearned(prompt: str, tokenizers: Iterable[Any]) -> tuple[str, ...]:
+    """The words in angle brackets that no tokenizer was taught, so that they would be read letter by letter."""
+    taught = {word for tokenizer in tokenizers for word in tokenizer.get_added_vocab()}
+    return tuple(word for word in dict.fromkeys(LEARNED.findall(prompt)) if word not in taught)
 
 
 def inventory(prompt: str) -> str:

@@ -17,15 +17,22 @@ from safetensors.torch import save
 
 from attnctl.concepts import Concept, write
 from attnctl.errors import ControlError
+from attnctl.pipelines.personalize.examples import Examples
 from attnctl.pipelines.personalize.settings import Settings
-from attnctl.pipelines.personalize.trainer import Examples
 
 FOLDER, PREPARED, STATE = "training", "prepared.safetensors", "state.pt"
 NAMES = ("views", "regular")
+PARTS = ("latents", "valid", "subset", "masks")  # tensors of `Examples`
 
 
-def about(concepts: tuple[Concept, ...], settings: Settings, picture: Image.Image, pipe: Any) -> dict[str, str]:
-    """What must be the same for a training to go on, by name."""
+def about(
+    concepts: tuple[Concept, ...],
+    settings: Settings,
+    picture: Image.Image,
+    pipe: Any,
+    masks: torch.Tensor | None = None,
+) -> dict[str, str]:
+    """What must be the same for a training to go on, by name; of masks those that the caller gave."""
     weights = hashlib.sha256()
     for name, parameter in pipe.unet.named_parameters():  # a few numbers of each tell models apart
         weights.update(name.encode() + np.asarray(parameter.detach().flatten()[:4].float().cpu()).tobytes())
@@ -33,12 +40,14 @@ def about(concepts: tuple[Concept, ...], settings: Settings, picture: Image.Imag
         "concepts": json.dumps([one.phrase for one in concepts]),
         "settings": json.dumps(settings.to_dict(), sort_keys=True),
         "picture": hashlib.sha256(np.asarray(picture.convert("RGB")).tobytes()).hexdigest(),
+        "masks": "" if masks is None else hashlib.sha256(masks.numpy().tobytes()).hexdigest(),
         "model": weights.hexdigest(),
     }
 
 
 def _examples(file: Any, name: str, told: dict[str, str]) -> Examples:
-    return Examples(file.get_tensor(f"{name}.latents"), file.get_tensor(f"{name}.valid"), json.loads(told[name]))
+    parts = {part: file.get_tensor(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in file.keys()}
+    return Examples(captions=json.loads(told[name]), **parts)
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,8 @@ class Checkpoints:
         told = {"about": json.dumps(self.about)}
         for name, one in zip(NAMES, (views, regular), strict=True):
             if one is not None:
-                tensors |= {f"{name}.latents": one.latents.contiguous(), f"{name}.valid": one.valid.contiguous()}
+                parts = {part: getattr(one, part) for part in PARTS}
+                tensors |= {f"{name}.{part}": x.contiguous() for part, x in parts.items() if x is not None}
                 told[name] = json.dumps(one.captions)
         write(self._inside / PREPARED, save(tensors, told))
 
@@ -116,7 +126,8 @@ class Checkpoints:
             old, new = json.loads(before.get(name, "{}")), json.loads(self.about[name])
             one = next(key for key in new if old.get(key) != new[key])
             raise ControlError(f"the training in {self.folder} was begun with {one}={old.get(one)}, not {new[one]}")
-        raise ControlError(f"the training in {self.folder} was begun with another {name.removesuffix('s')}")
+        other = "other masks" if name == "masks" else f"another {name.removesuffix('s')}"
+        raise ControlError(f"the training in {self.folder} was begun with {other}")
 
 
 def end_training(folder: Path) -> None:

@@ -13,7 +13,20 @@ from attnctl.processors.calibration import Calibration
 Trained = Literal["full", "lora"]
 Start = Literal["noun", "rare"]
 Views = Literal["ours", "paper", "none"]
-CHOICES = {"trained": ("full", "lora"), "start": ("noun", "rare"), "views": ("ours", "paper", "none")}
+CHOICES = {
+    "trained": ("full", "lora"),
+    "start": ("noun", "rare"),
+    "views": ("ours", "paper", "none"),
+    "masks": ("ours", "paper", "none"),
+    "subsets": ("all", "uniform", "loss"),
+    "counted": ("view", "union", "rest"),
+    "guidance": ("jsd", "mse"),
+}
+THINGS = (
+    "red clock", "blue chair", "balloon", "green suitcase", "dog", "yellow backpack", "crown", "purple bench", "horse",
+    "brown monkey", "green apple", "blue car", "bird", "white bow",
+)  # fmt: skip
+"""What most models know: they need not be in the picture."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +39,33 @@ class Settings:
         regular_rows: pictures of the class nouns in each step, drawn by the model before training (prior preservation).
         regular: how many such pictures are drawn.
         regular_weight: of their loss, against that of the views.
+        keep: weight of the loss that holds keys and values of all other words and of the padding as they are, see
+            `attnctl.pipelines.personalize.keeping` (ours).
         kv_rate, word_rate: learning rates of keys and values, and of the new words.
+        ease: both rates fall in a straight line to a twentieth at the last step; False: they stay.
         decay: weight decay of keys and values; the words have none.
         trained: "full" tunes the key and value projections of cross-attention themselves, "lora" adapters on them.
         rank: of the adapters; None is 16 for "lora", and for "full" whatever keeps the files exact.
         start: the new words begin as their "noun", or as "rare" pieces of the vocabulary.
         bind, separate, power, smooth, detach, pairs: see `attnctl.processors.calibration.Calibration`.
         factor: latent cells per cell of the maps that are calibrated; None is what comes nearest to 16 x 16.
-        snr: min-SNR weight of the denoising loss (5 is usual); None is none.
+        snr: min-SNR weight of the denoising loss (5 is usual); None is none. For models that predict velocity the
+            weight all but silences the noisiest steps, in which colours and shapes are chosen.
         views: "ours" enlarges, shrinks, moves and mirrors the picture, its rim repeated outwards; "paper" is what
             Custom Diffusion does, with grey around small pictures and words about the size; "none" leaves it.
-        view_count: how many views are made.
+        view_count: how many views are made, of each subset of the things.
+        others: things beside the nouns that regular pictures show: prompts that name more than the learnt things keep
+            working.
+        masks: how the places of the things are found where the caller gives none: "ours" and "paper" by the model's
+            attention, see `masks.look`; "none": not at all. All settings below need masks.
+        subsets: views and their captions have "all" things; or, by chance, any subset of them: each as often
+            ("uniform", AttenCraft), or in the proportion of how much is still to be learnt, the running mean of its
+            denoising loss ("loss", our stand-in for their adaptive sampling).
+        zoom: a view of some of the things shows them large, with the others painted out. False: it is as any other.
+        counted: where the denoising loss is taken: the whole "view", the "union" of the things that the caption names
+            (AttenCraft), or the "rest" when the other things are taken away. Always the mean over what counts.
+        guide: weight of the guidance of the new words' maps to the masks.
+        guidance: "jsd" (AttenCraft) or "mse", see `attnctl.processors.attencraft.guidance`.
         lead, article: captions are lead + article + "<v1> cat" + " and " + article + "<v2> car".
         seed: of everything random.
 
@@ -46,11 +75,13 @@ class Settings:
 
     steps: int = 200
     rows: int = 4
-    regular_rows: int = 1
+    regular_rows: int = 0
     regular: int = 24
     regular_weight: float = 1.0
+    keep: float = 30.0
     kv_rate: float = 2e-3
     word_rate: float = 1e-2
+    ease: bool = True
     decay: float = 0.01
     trained: Trained = "full"
     rank: int | None = None
@@ -62,9 +93,16 @@ class Settings:
     detach: bool = True
     pairs: Literal["mean", "sum"] = "mean"
     factor: int | None = None
-    snr: float | None = 5.0
+    snr: float | None = None
     views: Views = "ours"
-    view_count: int = 48
+    view_count: int = 24
+    others: tuple[str, ...] = THINGS
+    masks: Literal["ours", "paper", "none"] = "ours"
+    subsets: Literal["all", "uniform", "loss"] = "uniform"
+    zoom: bool = True
+    counted: Literal["view", "union", "rest"] = "rest"
+    guide: float = 0.0
+    guidance: Literal["jsd", "mse"] = "jsd"
     lead: str = ""
     article: str = "a "
     seed: int = 0
@@ -77,7 +115,7 @@ class Settings:
         for name in ("rank", "factor"):
             if getattr(self, name) is not None:
                 self._whole(name, 1)
-        for name in ("regular_weight", "kv_rate", "word_rate", "decay", "snr"):
+        for name in ("regular_weight", "kv_rate", "word_rate", "decay", "guide", "keep", "snr"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
                 raise ControlError(f"{name} is a number from 0 up, not {value!r}")
@@ -86,6 +124,11 @@ class Settings:
                 raise ControlError(f"{name} is one of {', '.join(choices)}; not {getattr(self, name)!r}")
         if self.regular_rows and not self.regular:
             raise ControlError("regular_rows needs regular pictures; set regular as well, or regular_rows to 0")
+        for name in ("zoom", "ease"):
+            if not isinstance(getattr(self, name), bool):
+                raise ControlError(f"{name} is True or False, not {getattr(self, name)!r}")
+        others = self.others.split(",") if isinstance(self.others, str) else self.others
+        object.__setattr__(self, "others", tuple(" ".join(str(one).split()) for one in others if str(one).strip()))
         self.calibration  # noqa: B018  # checks its own
 
     def _whole(self, name: str, least: int) -> None:
@@ -106,6 +149,7 @@ class Settings:
 PAPER = Settings(
     steps=250, rows=4, regular_rows=4, regular=200, kv_rate=8e-5, word_rate=8e-5, start="rare",
     bind=0.01, separate=0.01, snr=None, views="paper", view_count=200, lead="photo of a ", article="", seed=1,
+    ease=False, keep=0.0, others=(), masks="none", subsets="all", zoom=False, counted="view",
 )  # fmt: skip
 """DisenDiff's settings (specification of the paper and its code): effective batch 8, half of it regular pictures."""
 

@@ -18,25 +18,15 @@ from attnctl.engine.sites import Site, select
 from attnctl.errors import ControlError
 from attnctl.maps.live import Live, LiveMaps
 from attnctl.pipelines.personalize.concepts import Encoders
+from attnctl.pipelines.personalize.examples import Examples
+from attnctl.pipelines.personalize.keeping import covariance, kept
 from attnctl.pipelines.personalize.settings import Settings
+from attnctl.processors.attencraft import guidance
 from attnctl.processors.calibration import Calibrated
 
 ATTENTION_GRID = 16  # cells along one side: where the papers read maps
-
-
-@dataclass(frozen=True)
-class Examples:
-    """What is trained on, encoded once.
-
-    Attributes:
-        latents: (examples, channels, height, width), scaled as the model wants them.
-        valid: (examples, height, width), 1 where the denoising loss counts.
-        captions: one each.
-    """
-
-    latents: Tensor
-    valid: Tensor
-    captions: list[str]
+EASED = 0.05  # of the rates is left at the last step
+REMEMBERED = 0.9  # of the running mean of a loss, at each view
 
 
 @dataclass(frozen=True)
@@ -45,8 +35,8 @@ class Progress:
 
     Attributes:
         step: from 1 to `steps`.
-        losses: "denoise", "binding" (mean over concepts) and "apart" (mean over pairs), unweighted; the first alone
-            where no loss on maps has a weight.
+        losses: "denoise", "binding" (mean over concepts), "apart" (mean over pairs) and "guide" (mean over words and
+            rows), unweighted; those on maps where they have a weight.
         coverage: of each noun's map, see `Calibrated`; as the losses.
     """
 
@@ -54,6 +44,24 @@ class Progress:
     steps: int
     losses: dict[str, float]
     coverage: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one step trains on, see `Examples`.
+
+    Attributes:
+        times: (rows,) timesteps.
+        subset: of the views, which come before the regular pictures.
+        masks: of the views.
+    """
+
+    latents: Tensor
+    valid: Tensor
+    captions: list[str]
+    times: Tensor
+    subset: list[int]
+    masks: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,10 @@ class Trainer:
         self, pipe: Any, concepts: Sequence[Concept], encoders: Encoders, settings: Settings, dice: torch.Generator
     ) -> None:
         self.pipe, self.concepts, self.encoders, self.settings, self.dice = pipe, concepts, encoders, settings, dice
+        self.before = {name: p.detach().clone() for name, p in keys_and_values(pipe.unet).items()}
+        self.spread: Tensor | None = None
         self.unet, self.step = pipe.unet, 0
+        self.running: dict[int, float] = {}  # subset of the concepts, by number -> mean loss of late
         self.tuned = _tuned(self.unet, settings)
         self.optimizer = torch.optim.AdamW(
             [
@@ -103,9 +114,7 @@ class Trainer:
             ]
         )
         self.alphas = pipe.scheduler.alphas_cumprod
-        self.kind = pipe.scheduler.config.prediction_type
-        if self.kind not in ("epsilon", "v_prediction"):
-            raise ControlError(f"the scheduler predicts {self.kind!r}; epsilon and v_prediction can be trained")
+        self.kind = prediction_type(pipe)
 
     def train(
         self,
@@ -118,13 +127,16 @@ class Trainer:
         settings = self.settings
         words, nouns = ([getattr(one, name) for one in self.concepts] for name in ("word", "noun"))
         where = calibrated_sites(self.pipe, views.latents.shape[-1], settings.factor)
-        live = LiveMaps(*words, *nouns, where=list(where))
-        controls = [StartApart(), live] if settings.calibration.acts else [StartApart()]
+        live = LiveMaps(*words, *nouns, where=list(where), absent=True)
+        guided = settings.guide > 0 and views.masks is not None
+        controls = [StartApart(), live] if settings.calibration.acts or guided else [StartApart()]
+        if settings.keep > 0 and self.spread is None:
+            self.spread = self._spread(regular, picture_size(self.pipe, views.latents))
         with self.ready(), attach(self.pipe, *controls) as attached:
             while self.step < until:
-                latents, valid, captions, times = self._rows(views, regular)
-                with attached.batch(captions) as batch:
-                    errors = self.errors(latents, valid, captions, times)  # (rows,)
+                rows = self._rows(views, regular)
+                with attached.batch(rows.captions) as batch:
+                    errors = self.errors(rows.latents, rows.valid, rows.captions, rows.times)  # (rows,)
                 weight = torch.ones_like(errors)
                 weight[settings.rows :] = settings.regular_weight
                 loss = denoise = (weight * errors).mean()
@@ -136,31 +148,92 @@ class Trainer:
                     if read.apart.shape[1]:
                         losses["apart"] = read.apart[: settings.rows].mean().item()
                     coverage = read.coverage.tolist()
+                if guided and rows.masks is not None:
+                    away = self._guided(batch.state(live), rows.masks)
+                    loss, losses["guide"] = loss + settings.guide * away, away.item()
+                if self.spread is not None:
+                    drift = kept(self.changes(), self.before, self.spread)
+                    loss, losses["keep"] = loss + settings.keep * drift, drift.item()
+                self._ease()
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 self.optimizer.step()
                 self.step += 1
+                self._remember(rows.subset, errors.detach(), views.subsets)
                 if watch is not None:
                     watch(Progress(self.step, settings.steps, losses, tuple(coverage)))
         for encoder in self.encoders.all:
             encoder.write()
 
-    def _rows(self, views: Examples, regular: Examples | None) -> tuple[Tensor, Tensor, list[str], Tensor]:
-        """What one step trains on: latents, what of them is valid, captions and timesteps; views come first."""
+    def _ease(self) -> None:
+        """Set the rates of this step."""
         settings = self.settings
-        kinds = [(views, settings.rows)]
+        share = 1 - (1 - EASED) * self.step / max(settings.steps - 1, 1) if settings.ease else 1.0
+        for group, rate in zip(self.optimizer.param_groups, (settings.word_rate, settings.kv_rate), strict=True):
+            group["lr"] = rate * share
+
+    def changes(self) -> dict[str, Tensor]:
+        """name -> change of each weight of keys and values, with its gradient."""
+        if self.settings.trained == "full":
+            return {name: weight - self.before[name] for name, weight in self.tuned.items()}
+        parts = {name.rpartition(".lora_")[0]: {} for name in self.tuned}  # type: dict[str, dict[str, Tensor]]
+        for name, weight in self.tuned.items():
+            module, _, rest = name.rpartition(".lora_")
+            parts[module][rest[0]] = weight
+        return {f"{module}.weight": pair["B"] @ pair["A"] for module, pair in parts.items()}
+
+    def _spread(self, regular: Examples | None, size: tuple[int, int]) -> Tensor:
+        """See `covariance`; of the captions of regular pictures and of the things beside the nouns."""
+        nouns = [one.noun for one in self.concepts]
+        captions = [*(regular.captions if regular else ()), *(f"a {one}" for one in (*nouns, *self.settings.others))]
+        return covariance(self.pipe, captions, size)
+
+    def _rows(self, views: Examples, regular: Examples | None) -> Rows:
+        """What one step trains on; views come first."""
+        settings, dice = self.settings, self.dice
+        some = torch.randint(len(views.captions), (settings.rows,), generator=dice)
+        if views.subsets > 1:
+            chances = torch.ones(views.subsets) if settings.subsets == "uniform" else self._chances(views.subsets)
+            numbers = torch.multinomial(chances, settings.rows, replacement=True, generator=dice).tolist()
+            members = [(views.subset == number).nonzero().flatten() for number in numbers]
+            some = torch.stack([own[int(at) % len(own)] for at, own in zip(some, members, strict=True)])
+        chosen = [(views, some)]
         if regular is not None and settings.regular_rows:
-            kinds.append((regular, settings.regular_rows))
-        chosen = [(x, torch.randint(len(x.captions), (count,), generator=self.dice)) for x, count in kinds]
+            count = len(regular.captions)
+            chosen.append((regular, torch.randint(count, (settings.regular_rows,), generator=dice)))
         latents, valid = (torch.cat([getattr(x, name)[i] for x, i in chosen]) for name in ("latents", "valid"))
         captions = [x.captions[i] for x, rows in chosen for i in rows.tolist()]
-        return latents, valid, captions, self._times([count for _, count in kinds])
+        times = self._times([len(rows) for _, rows in chosen])
+        masks = None if views.masks is None else views.masks[some]
+        return Rows(latents, valid, captions, times, views.subset[some].tolist(), masks)
+
+    def _chances(self, count: int) -> Tensor:
+        """Of each subset, in proportion to the running mean of its loss; one that was not met yet is as the highest."""
+        known = [self.running.get(number) for number in range(count)]
+        highest = max((one for one in known if one is not None), default=1.0)
+        return torch.tensor([highest if one is None else one for one in known])
+
+    def _remember(self, subset: list[int], errors: Tensor, count: int) -> None:
+        """Take the losses of the step's views into the running means."""
+        if count < 2 or self.settings.subsets != "loss":
+            return
+        for number, error in zip(subset, errors.tolist(), strict=False):  # regular pictures come after the views
+            old = self.running.get(number, error)
+            self.running[number] = REMEMBERED * old + (1 - REMEMBERED) * error
 
     def _calibrated(self, live: Live) -> Calibrated:
         """The losses on the maps of a batch; regular pictures have none of the new words, so no part in them."""
         maps, count = live.maps(), len(self.concepts)
         present = live.present[:, :count] & live.present[:, count:]
         return self.settings.calibration.read(maps[:, :count], maps[:, count:], present)
+
+    def _guided(self, live: Live, masks: Tensor) -> Tensor:
+        """Mean guidance of the new words that the views' captions have."""
+        count, rows = len(self.concepts), len(masks)
+        with torch.autocast(self.unet.device.type, enabled=False):
+            away = guidance(live.maps()[:rows, :count], masks.to(self.unet.device), self.settings.guidance)
+        present = live.present[:rows, :count]
+        return (away * present).sum() / present.sum().clamp_min(1)
 
     def state(self) -> dict[str, Any]:
         """Everything that a later run needs to go on as if there had been no break."""
@@ -170,6 +243,7 @@ class Trainer:
             "tuned": {name: parameter.detach() for name, parameter in self.tuned.items()},
             "optimizer": self.optimizer.state_dict(),
             "dice": self.dice.get_state(),
+            "running": self.running,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -181,7 +255,7 @@ class Trainer:
                 parameter.copy_(state["tuned"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.dice.set_state(state["dice"])
-        self.step = state["step"]
+        self.step, self.running = state["step"], state["running"]
 
     @torch.no_grad()
     def look(self, views: Examples) -> Tensor:
@@ -198,22 +272,16 @@ class Trainer:
     def predict(
         self, latents: Tensor, captions: list[str], times: Tensor, dice: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """What the model predicts from noised latents, and what it should have."""
-        device = self.unet.device
-        noise = torch.randn(latents.shape, generator=dice)
-        a = self.alphas[times].view(-1, 1, 1, 1)
-        noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
-        target = noise if self.kind == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * latents
-        factor = getattr(self.pipe, "vae_scale_factor", 8)
-        text = self.encoders.encode(captions, (latents.shape[-2] * factor, latents.shape[-1] * factor))
-        return self.unet(noisy.to(device), times.to(device), **text).sample, target.to(device)
+        """See the function of that name."""
+        size = picture_size(self.pipe, latents)
+        return predict(self.pipe, latents, times, dice, self.encoders.encode(captions, size))
 
     def errors(self, latents: Tensor, valid: Tensor, captions: list[str], times: Tensor) -> Tensor:
         """The denoising loss of each row, mean over what is valid: (rows,), with gradient."""
         got, target = self.predict(latents, captions, times, self.dice)
         real = valid[:, None].to(got.device)
         square = (got.float() - target).square() * real
-        error = square.sum((1, 2, 3)) / (real.sum((1, 2, 3)) * latents.shape[1])
+        error = square.sum((1, 2, 3)) / (real.sum((1, 2, 3)).clamp_min(1e-6) * latents.shape[1])
         return error * snr_weight(self.alphas[times], self.settings.snr, self.kind).to(got.device)
 
     @contextmanager
@@ -242,6 +310,44 @@ class Trainer:
         return (torch.cat(shares) * len(self.alphas)).long()
 
 
+def prediction_type(pipe: Any) -> str:
+    """What the model predicts, "epsilon" or "v_prediction".
+
+    Raises:
+        ControlError: something else.
+    """
+    kind = str(pipe.scheduler.config.prediction_type)
+    if kind not in ("epsilon", "v_prediction"):
+        raise ControlError(f"the scheduler predicts {kind!r}; epsilon and v_prediction can be trained")
+    return kind
+
+
+def predict(
+    pipe: Any, latents: Tensor, times: Tensor, dice: torch.Generator, text: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """What the model predicts from noised latents, and what it should have.
+
+    Args:
+        pipe: of a UNet.
+        latents: (rows, channels, height, width).
+        times: (rows,) timesteps.
+        dice: where the noise comes from.
+        text: arguments of the UNet that come from the captions.
+    """
+    unet = pipe.unet
+    noise = torch.randn(latents.shape, generator=dice)
+    a = pipe.scheduler.alphas_cumprod[times].view(-1, 1, 1, 1)
+    noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
+    target = noise if prediction_type(pipe) == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * latents
+    return unet(noisy.to(unet.device), times.to(unet.device), **text).sample, target.to(unet.device)
+
+
+def picture_size(pipe: Any, latents: Tensor) -> tuple[int, int]:
+    """(height, width) in pixels of what latents hold."""
+    factor = int(getattr(pipe, "vae_scale_factor", 8))
+    return latents.shape[-2] * factor, latents.shape[-1] * factor
+
+
 def snr_weight(alphas: Tensor, gamma: float | None, kind: str) -> Tensor:
     """min-SNR weights (Hang et al., ICCV 2023, arXiv 2303.09556) of the losses at these alphas; ones for None.
 
@@ -253,11 +359,18 @@ def snr_weight(alphas: Tensor, gamma: float | None, kind: str) -> Tensor:
     return snr.clamp(max=gamma) / (snr if kind == "epsilon" else snr + 1)
 
 
+def keys_and_values(unet: Any) -> dict[str, nn.Parameter]:
+    """Weights of the keys and values of cross-attention, by name."""
+    ends = ("attn2.to_k", "attn2.to_v")
+    found = {name.replace(".base_layer", ""): p for name, p in unet.named_parameters()}
+    return {name: p for name, p in found.items() if name.removesuffix(".weight").endswith(ends)}
+
+
 def _tuned(unet: nn.Module, settings: Settings) -> dict[str, nn.Parameter]:
     """Keys and values of cross-attention: the weights themselves, or adapters that are put on them."""
     ends = ("attn2.to_k", "attn2.to_v")
     if settings.trained == "full":
-        return {name: p for name, p in unet.named_parameters() if name.removesuffix(".weight").endswith(ends)}
+        return keys_and_values(unet)
     from attnctl.pipelines.personalize.adapters import add_adapters
 
     return add_adapters(unet, ends, settings.rank or 16, settings.seed)

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from attnctl.pipelines.personalize.settings import Views
+
+LARGE = (0.42, 0.8)  # of a view's side: the longer side of a thing alone
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,50 @@ def make_views(kind: Views, count: int, side: int, rng: np.random.Generator) -> 
     """
     make = {"ours": _ours, "paper": _paper, "none": lambda side, rng: View()}[kind]
     return [View(), *(make(side, rng) for _ in range(count - 1))]
+
+
+def views_around(box: tuple[float, float, float, float], count: int, rng: np.random.Generator) -> list[View]:
+    """Views in which a thing is as large as models like to draw one alone, wholly inside; half are mirrored.
+
+    Args:
+        box: (left, top, right, bottom) of the thing, in shares of the picture's side.
+        count: how many.
+        rng: where the chances come from.
+    """
+    left, top, right, bottom = box
+    longer, found = max(right - left, bottom - top), []
+    for _ in range(count):
+        length = longer / rng.uniform(*LARGE)
+        x, y = rng.uniform(right - length, left), rng.uniform(bottom - length, top)
+        found.append(View((x, y, x + length, y + length), mirrored=bool(rng.random() < 0.5)))
+    return found
+
+
+def box_of(mask: Tensor) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of a mask (height, width), in shares of its sides."""
+    rows, columns = mask.any(1).nonzero().flatten().tolist(), mask.any(0).nonzero().flatten().tolist()
+    height, width = mask.shape
+    return columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height
+
+
+def painted_out(picture: Image.Image, mask: Tensor) -> Image.Image:
+    """The picture with what a mask covers replaced by what is around it, from far to near ever less blurred.
+
+    Args:
+        picture: RGB.
+        mask: (height, width) bool.
+    """
+    image = torch.from_numpy(np.array(picture, np.float32)).permute(2, 0, 1)[None]
+    known = (~mask)[None, None].float()
+    filled = image * known + (1 - known) * (image * known).sum((2, 3), keepdim=True) / known.sum().clamp_min(1)
+    width = 2 * (min(mask.shape) // 4) + 1
+    while width >= 5:
+        pad = (width // 2,) * 4
+        weight = F.avg_pool2d(F.pad(known, pad, mode="replicate"), width, 1)
+        near = F.avg_pool2d(F.pad(image * known, pad, mode="replicate"), width, 1) / weight.clamp_min(1e-6)
+        filled = torch.where((known == 0) & (weight > 0.02), near, filled)
+        width = 2 * (width // 4) + 1
+    return Image.fromarray(filled[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy())
 
 
 def _ours(side: int, rng: np.random.Generator) -> View:

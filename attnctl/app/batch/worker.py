@@ -163,7 +163,7 @@ class Worker:
         assert asked is not None
         request = checked(asked, job.prompt, job.seed, job.steps, job.guidance)
         recipe, controls = recipe_for(self._recipe(job), request), [control_of(text) for text in job.controls]
-        turns = composed(self._pipe, request, recipe, controls, self.bar, kept=self._inversions)
+        turns = composed(self._pipe, request, job.shape, job.negative, controls, self.bar, kept=self._inversions)
         picture = turns[-1].picture
         files: dict[Path, Callable[[Path], object]] = {
             beside(task, "sheet.png"): partial(write_whole, content=png(sheet(turns))),
