@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 MODELS = Path(__file__).parent / "glyph" / "models"
 """The folders of the embedded models."""
 
-USUAL: dict[str, dict[str, Any]] = {"glyph-sd": {"steps": 20, "guidance": 3.0, "group": 4}}
+USUAL: dict[str, dict[str, Any]] = {
+    "glyph-sd": {"steps": 20, "guidance": 3.0, "group": 4},
+    "glyph-sd3": {"steps": 20, "guidance": 4.0, "group": 4},
+}
 """Settings that suit an embedded model better than its pipeline's defaults."""
 
 DTYPES = ("float32", "float16", "bfloat16")
