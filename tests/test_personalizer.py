@@ -501,3 +501,11 @@ def test_the_command_refuses_in_one_line_before_it_trains(command, picture, tmp_
 def test_folders_without_concepts_are_told(command, words):
     code, out, err = command("concepts", *words)
     assert code == 2 and out == [] and len(err) == 1 and ("no folder" in err[0] or "holds no concepts" in err[0])
+
+
+def test_resuming_where_there_is_nothing_is_told(command, picture, tmp_path):
+    picture.save(tmp_path / "one.png")
+    words = ["personalize", "one.png", "--concepts", "cat, dog", "--model", "./nowhere", "--out", "new", "--resume"]
+    code, _, said = command(*words)
+    assert code == 2  # the model is looked for afterwards
+    assert said[0] == "attnctl: nothing to resume in new: a new training begins"

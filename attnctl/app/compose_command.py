@@ -51,7 +51,7 @@ def compose(
     example: Annotated[
         str | None, typer.Option(help="Compose pictures that ship with the package, for glyph-sd: car, balloon, apple.")
     ] = None,
-    preset: Annotated[str, typer.Option(help="ours; paper, or paper-painting, paper-sketch, paper-cartoon.")] = "ours",
+    preset: Annotated[str, typer.Option(help="ours; paper, or paper-photo, -painting, -sketch, -cartoon.")] = "ours",
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", "-s", help="A setting of the preset, as start=0; several times. --set help lists them."),

@@ -87,6 +87,8 @@ def personalize(
     source = open_picture(picture)
     masks = masks_in(mask or [])
     check_writable(out)
+    if resume and not (out / "training").is_dir():
+        tell(f"nothing to resume in {plain(out)}: a new training begins")
 
     from attnctl.pipelines.personalize.checkpoint import end_training
     from attnctl.pipelines.personalize.masks import MaskError, given_masks
