@@ -39,7 +39,7 @@ _SD3 = _About(
     sampler="Euler",
     grid="8 x 8",
     noise=" (t / 1000 is its part)",
-    told=", with\n`text_encoder_3=None, tokenizer_3=None`",
+    told=", with `text_encoder_3=None, tokenizer_3=None`",
 )
 
 
@@ -56,7 +56,8 @@ def card(found: dict[str, Any], made: dict[str, Any], pipe: Any) -> str:
     return f"""# {about.name}
 
 {about.kind}, trained from nothing on the glyph world: 12 animals and 12 objects in 11 colours, 128 x 128.
-An ordinary diffusers folder: `attnctl.load("{about.name}")`, or `{type(pipe).__name__}.from_pretrained` on it{about.told}.
+An ordinary diffusers folder: `attnctl.load("{about.name}")`,
+or `{type(pipe).__name__}.from_pretrained` on it{about.told}.
 
 - Size: {size:,} parameters, half precision. Autoencoder: f = 8, {pipe.vae.config.latent_channels} channels,
   {found["autoencoder_psnr"]:.1f} dB PSNR on scenes of other seeds. {about.text}
