@@ -53,6 +53,10 @@ Seed = Annotated[int, typer.Option(min=0, max=2**40, help="Seed of scenes, weigh
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 Rate = Annotated[float, typer.Option(callback=_positive, help="Peak learning rate of matrices (Muon).")]
 Scenes = Annotated[int, typer.Option(min=1, help="Scenes drawn for training.")]
+Vae = Annotated[Path, typer.Option(help="The trained autoencoder.")]
+Grounding = Annotated[
+    float, typer.Option(min=0, callback=_finite, help="Weight of the grounding loss; 0 leaves it out.")
+]
 Scales = Annotated[list[float], typer.Option(min=0, callback=_all_finite, help="Guidance scales to sweep.")]
 
 
@@ -96,7 +100,7 @@ def autoencoder(
 
 @app.command()
 def sd(
-    vae: Annotated[Path, typer.Option(help="The trained autoencoder.")] = Path("runs/autoencoder/vae"),
+    vae: Vae = Path("runs/autoencoder/vae"),
     out: Out = Path("runs/sd"),
     steps: Steps = 15_000,
     minutes: Minutes = 0,
@@ -105,9 +109,7 @@ def sd(
     device: Device = "cpu",
     rate: Rate = 6e-3,
     scenes: Scenes = 20_000,
-    grounding: Annotated[
-        float, typer.Option(min=0, callback=_finite, help="Weight of the grounding loss; 0 leaves it out.")
-    ] = 0.05,
+    grounding: Grounding = 0.05,
 ) -> None:
     """The Stable Diffusion pipeline; writes OUT/glyph-sd."""
     with quiet():
@@ -121,7 +123,7 @@ def sd(
 
 @app.command()
 def sd3(
-    vae: Annotated[Path, typer.Option(help="The trained autoencoder.")] = Path("runs/autoencoder/vae"),
+    vae: Vae = Path("runs/autoencoder/vae"),
     out: Out = Path("runs/sd3"),
     steps: Steps = 15_000,
     minutes: Minutes = 0,
@@ -130,9 +132,7 @@ def sd3(
     device: Device = "cpu",
     rate: Rate = 6e-3,
     scenes: Scenes = 24_000,
-    grounding: Annotated[
-        float, typer.Option(min=0, callback=_finite, help="Weight of the grounding loss; 0 leaves it out.")
-    ] = 0.05,
+    grounding: Grounding = 0.05,
 ) -> None:
     """The Stable Diffusion 3 pipeline, which attends jointly; writes OUT/glyph-sd3."""
     with quiet():
@@ -181,11 +181,11 @@ def both(
     """Both pipelines, by the clock, on new scenes at every step; writes OUT/sd/glyph-sd and OUT/sd3/glyph-sd3."""
     usable_device(device)
     check_writable(out)
-    _weights(vae)
+    weights = _weights(vae)
     with quiet():
         from attnctl.glyph.train.worlds import train_all
 
-    train_all(out, device, minutes, seed, resume, vae, atlas, batch)
+    train_all(out, device, minutes, seed, resume, vae, weights, atlas, batch)
 
 
 @app.command()

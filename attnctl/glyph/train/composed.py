@@ -44,8 +44,7 @@ class _Laid:
     sprites: Tensor
     turns: Tensor
     scale: Tensor  # pixels of the scene for one of the unit square of a sprite
-    corner: Tensor
-    extent: Tensor
+    middle: Tensor
     order: Tensor  # rank from the front
 
 
@@ -121,7 +120,7 @@ class Composer:
         loose = (torch.randint(3, (count,), generator=rng) == 2) & fits
         corner = torch.where(loose[:, None, None], free, in_line)
         order = torch.rand(count, MOST, generator=rng).argsort(1).argsort(1)
-        return _Laid(there, sprites, turns, scale, corner - boxes[..., :2] * scale[..., None], extent, order)
+        return _Laid(there, sprites, turns, scale, corner - boxes[..., :2] * scale[..., None], order)
 
     @staticmethod
     def _in_line(extent: Tensor, there: Tensor, rng: torch.Generator) -> Tensor:
@@ -180,11 +179,11 @@ class Composer:
         small = (laid.scale < 60).flatten().to(device)  # much reduced: smoothed first, or it flickers
         sprites = torch.where(small[:, None, None, None], F.avg_pool2d(sprites, 3, 1, 1), sprites)
         angle = torch.tensor(ANGLES)[laid.turns].flatten().float().deg2rad()
-        scale, corner = laid.scale.flatten().clamp_min(1e-3), laid.corner.flatten(0, 1)  # corner: the sprite's middle
+        scale = laid.scale.flatten().clamp_min(1e-3)
         unit = SIDE / 2
         # From a place in the scene to one in the sprite: off the middle, into its unit, turned back (x, y; y down).
         cos, sin = angle.cos() * unit / scale, angle.sin() * unit / scale
-        middle = corner / unit - 1
+        middle = laid.middle.flatten(0, 1) / unit - 1
         turn = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
         shift = -(turn @ middle[..., None])
         moves = torch.cat([turn, shift], -1).to(device)

@@ -1,39 +1,27 @@
 """glyph-sd: a small Stable Diffusion on the glyph world."""
 
-import json
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from attnctl import attach
-from attnctl.engine.attachment import Attachment
-from attnctl.glyph.scenes import SIDE, Renderer
+from attnctl.glyph.scenes import Renderer
 from attnctl.glyph.tokenizer import build_tokenizer
-from attnctl.glyph.train.autoencoder import sheet
 from attnctl.glyph.train.composed import Composer
-from attnctl.glyph.train.encoded import encode, source
+from attnctl.glyph.train.denoiser import Denoiser
+from attnctl.glyph.train.encoded import encode
 from attnctl.glyph.train.explicit import Explicit
-from attnctl.glyph.train.grounding import GRID, MapScore, grounding_loss, map_test, owners
+from attnctl.glyph.train.grounding import GRID, MapScore, grounding_loss, map_test
 from attnctl.glyph.train.loop import Losses
 from attnctl.glyph.words import CONCEPTS
-from attnctl.loading import ModelError, load_autoencoder
 
 WIDTH = 128
 BATCH = 32
-PROMPTS = (
-    "a cat", "a red car", "a black bench", "a purple apple",
-    "a cat and a dog", "a bear and a mouse", "a lion and a frog", "a horse and a turtle",
-    "a bird and a yellow suitcase", "a monkey with a crown",
-    "a green chair and a pink bowl", "a red balloon and a blue bow",
-)  # fmt: skip
-"""What the report pictures while training."""
 
 
 def new_scheduler() -> DDIMScheduler:
@@ -124,8 +112,10 @@ def map_scores(pipe: StableDiffusionPipeline, scenes: int = 64) -> dict[int, Map
     return scores
 
 
-class Denoising:
-    """v-prediction with min-SNR weights (gamma 5), captions dropped in one row of ten, and a grounding loss."""
+class Denoising(Denoiser):
+    """v-prediction with min-SNR weights (gamma 5)."""
+
+    name, guidance = "glyph-sd", 5.0
 
     def __init__(
         self,
@@ -138,24 +128,12 @@ class Denoising:
         batch: int = BATCH,
         composer: Composer | None = None,
     ) -> None:
-        self.vae: AutoencoderKL = load_autoencoder(vae).to(device).eval().requires_grad_(False)
-        if (cells := SIDE // 2 ** (len(self.vae.config.block_out_channels) - 1)) != GRID:
-            raise ModelError(f"{vae} makes latents of {cells} x {cells} from a scene; {GRID} x {GRID} are wanted")
-        self.device, self.grounding, self.batch = device, grounding, batch
-        self.made_by = {"steps": 0, "batch": batch, "scenes": scenes, "seed": seed, "grounding": grounding}
-        self.tokenizer, self.scheduler = build_tokenizer(), new_scheduler()
+        super().__init__(vae, scenes, seed, device, cache, grounding, batch, composer)
+        self.scheduler = new_scheduler()
         self.alphas = self.scheduler.alphas_cumprod.to(device)
-        self.source = source(self.vae, self.tokenizer, scenes, seed, cache, composer)
-        self.empty = owners(self.tokenizer, [""])[0].to(device)
-        torch.manual_seed(seed)
         unet = new_unet(self.vae.config.latent_channels).to(memory_format=torch.channels_last)
-        self.network: Any = nn.ModuleDict({"unet": unet, "text": new_text_encoder()}).to(device)
+        self.network = nn.ModuleDict({"unet": unet, "text": new_text_encoder()}).to(device)
         self.explicit = Explicit()
-
-    @cached_property
-    def attached(self) -> Attachment:
-        """Attached at the first loss, when the loop has copied the network for its average."""
-        return attach(self.pipeline(self.network), self.explicit)
 
     def loss(self, step: int, rng: torch.Generator) -> Losses:
         self.made_by["steps"] = step + 1
@@ -164,9 +142,7 @@ class Denoising:
         spread = (torch.arange(self.batch) + torch.rand(self.batch, generator=rng)) / self.batch
         t = (spread * len(self.alphas)).long().to(self.device)
         noise = torch.randn(rows["latents"].shape, generator=rng).to(self.device)
-        dropped = (torch.rand(self.batch, generator=rng) < 0.1).to(self.device)
-        ids = torch.where(dropped[:, None], self.empty, rows["ids"].long())
-        owner = rows["owner"].long().masked_fill(dropped[:, None], -1)
+        ids, owner = self.dropped(rows, rng)
         noisy, velocity = noised(self.alphas[t], rows["latents"].float(), noise)
         with self.attached.batch(captions) as block, torch.autocast(noisy.device.type, torch.bfloat16):
             text = self.network["text"](ids).last_hidden_state
@@ -195,19 +171,5 @@ class Denoising:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def report(self, network: Any, folder: Path, step: int) -> str:
-        seeds = [torch.Generator().manual_seed(k) for k in range(len(PROMPTS))]
-        images = self.pipeline(network)(
-            list(PROMPTS), num_inference_steps=20, guidance_scale=5.0, generator=seeds, output_type="np"
-        ).images
-        sheet((images * 255).round().astype(np.uint8), 4).save(folder / f"report-{step:06d}.png")
-        scores = map_scores(self.pipeline(network))
-        return "pointing / own share " + ", ".join(
-            f"t={t}: {score.pointing:.1%} / {score.share:.2f}" for t, score in scores.items()
-        )
-
-    def export(self, network: Any, folder: Path) -> None:
-        """Writes folder/glyph-sd, in half precision, and how it was made."""
-        self.vae.register_to_config(_name_or_path="glyph-sd")  # not the folder of the machine it was trained on
-        self.pipeline(network.to("cpu")).to(torch.float16).save_pretrained(folder / "glyph-sd")
-        (folder / "glyph-sd" / "training.json").write_text(json.dumps(self.made_by, indent=1) + "\n")
+    def map_scores(self, pipe: Any) -> dict[int, MapScore]:
+        return map_scores(pipe)

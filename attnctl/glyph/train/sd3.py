@@ -1,15 +1,11 @@
 """glyph-sd3: a small Stable Diffusion 3 on the glyph world: joint attention, flow matching, two CLIPs, no T5."""
 
-import json
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import (
-    AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -18,18 +14,15 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from attnctl import attach
-from attnctl.engine.attachment import Attachment
 from attnctl.glyph.scenes import Renderer
 from attnctl.glyph.tokenizer import build_tokenizer
-from attnctl.glyph.train.autoencoder import sheet
 from attnctl.glyph.train.composed import Composer
-from attnctl.glyph.train.encoded import encode, source
+from attnctl.glyph.train.denoiser import Denoiser
+from attnctl.glyph.train.encoded import encode
 from attnctl.glyph.train.explicit import Explicit
-from attnctl.glyph.train.grounding import MapScore, grounding_loss, map_test, owners
+from attnctl.glyph.train.grounding import MapScore, grounding_loss, map_test
 from attnctl.glyph.train.loop import Losses
-from attnctl.glyph.train.sd import PROMPTS
 from attnctl.glyph.words import CONCEPTS
-from attnctl.loading import load_autoencoder
 
 BATCH = 48
 WIDTH = 160  # of a token inside the transformer, and of a word
@@ -138,8 +131,10 @@ def map_scores(pipe: StableDiffusion3Pipeline, scenes: int = 64) -> dict[int, Ma
     return scores
 
 
-class Flow:
-    """Flow matching, noise minus picture, and a grounding loss; captions are dropped in one row of ten."""
+class Flow(Denoiser):
+    """Flow matching: noise minus picture."""
+
+    name, guidance = "glyph-sd3", 4.0
 
     def __init__(
         self,
@@ -152,23 +147,12 @@ class Flow:
         batch: int = BATCH,
         composer: Composer | None = None,
     ) -> None:
-        self.vae: AutoencoderKL = load_autoencoder(vae).to(device).eval().requires_grad_(False)
+        super().__init__(vae, scenes, seed, device, cache, grounding, batch, composer)
         self.vae.register_to_config(shift_factor=0.0)  # the pipeline adds it
-        self.device, self.grounding, self.batch = device, grounding, batch
-        self.made_by = {"steps": 0, "batch": batch, "scenes": scenes, "seed": seed, "grounding": grounding}
-        self.tokenizer = build_tokenizer()
-        self.source = source(self.vae, self.tokenizer, scenes, seed, cache, composer)
-        self.empty = owners(self.tokenizer, [""])[0].to(device)
-        torch.manual_seed(seed)
         encoders = nn.ModuleList([new_text_encoder(width) for width in WIDTHS])
         transformer = new_transformer(self.vae.config.latent_channels)
-        self.network: Any = nn.ModuleDict({"transformer": transformer, "text": encoders}).to(device)
+        self.network = nn.ModuleDict({"transformer": transformer, "text": encoders}).to(device)
         self.explicit = Explicit(REPEATS)
-
-    @cached_property
-    def attached(self) -> Attachment:
-        """Attached at the first loss, when the loop has copied the network for its average."""
-        return attach(self.pipeline(self.network), self.explicit)
 
     def loss(self, step: int, rng: torch.Generator) -> Losses:
         self.made_by["steps"] = step + 1
@@ -176,9 +160,7 @@ class Flow:
         part = noise_levels(self.batch, rng).to(self.device)
         latents = rows["latents"].float()
         noise = torch.randn(latents.shape, generator=rng).to(self.device)
-        dropped = (torch.rand(self.batch, generator=rng) < 0.1).to(self.device)
-        ids = torch.where(dropped[:, None], self.empty, rows["ids"].long())
-        owner = rows["owner"].long().masked_fill(dropped[:, None], -1)[:, :ROWS]
+        ids, owner = self.dropped(rows, rng)
         text = text_rows(self.network["text"], ids)
         pooled = text.new_zeros(self.batch, 16)
         noisy = torch.lerp(latents, noise, part[:, None, None, None])
@@ -191,11 +173,17 @@ class Flow:
         if self.grounding:
             maps = {side: [site[..., :ROWS] for site in sites] for side, sites in block.state(self.explicit).items()}
             # Where hardly anything is left of the scene, nobody can know where a thing is.
-            losses["grounding"] = self.grounding * grounding_loss(maps, owner, rows["masks"].float(), 1 - part)
+            losses["grounding"] = self.grounding * grounding_loss(
+                maps, owner[:, :ROWS], rows["masks"].float(), 1 - part
+            )
         return losses
 
     def pipeline(self, network: Any) -> StableDiffusion3Pipeline:
+        """Padding that training leaves out looks like the last row that is trained."""
         one, two = network["text"]
+        for encoder in one, two:
+            positions = tables(encoder)[1].weight.data
+            positions[ROWS:] = positions[ROWS - 1]
         pipe = StableDiffusion3Pipeline(
             transformer=network["transformer"],
             vae=self.vae,
@@ -210,26 +198,5 @@ class Flow:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def finished(self, network: Any) -> StableDiffusion3Pipeline:
-        """The pipeline, with the padding that training left out: it looks like the last row that was trained."""
-        for encoder in network["text"]:
-            positions = tables(encoder)[1].weight
-            positions.data[ROWS:] = positions.data[ROWS - 1]
-        return self.pipeline(network)
-
-    def report(self, network: Any, folder: Path, step: int) -> str:
-        pipe = self.finished(network)
-        seeds = [torch.Generator().manual_seed(k) for k in range(len(PROMPTS))]
-        images = pipe(
-            list(PROMPTS), num_inference_steps=20, guidance_scale=4.0, generator=seeds, output_type="np"
-        ).images
-        sheet((images * 255).round().astype(np.uint8), 4).save(folder / f"report-{step:06d}.png")
-        return "pointing / own share " + ", ".join(
-            f"t={t}: {score.pointing:.1%} / {score.share:.2f}" for t, score in map_scores(pipe).items()
-        )
-
-    def export(self, network: Any, folder: Path) -> None:
-        """Writes folder/glyph-sd3, in half precision, and how it was made."""
-        self.vae.register_to_config(_name_or_path="glyph-sd3")  # not the folder of the machine it was trained on
-        self.finished(network.to("cpu")).to(torch.float16).save_pretrained(folder / "glyph-sd3")
-        (folder / "glyph-sd3" / "training.json").write_text(json.dumps(self.made_by, indent=1) + "\n")
+    def map_scores(self, pipe: Any) -> dict[int, MapScore]:
+        return map_scores(pipe)

@@ -50,16 +50,27 @@ def settings_of(name: str, out: Path, minutes: float, seed: int, resume: bool, t
 
 
 def train_all(
-    out: Path, device: str, minutes: float, seed: int, resume: bool, vae: Path, file: Path | None, batch: int | None
+    out: Path,
+    device: str,
+    minutes: float,
+    seed: int,
+    resume: bool,
+    vae: Path,
+    weights: str,
+    file: Path | None,
+    batch: int | None,
 ) -> None:
-    """Trains glyph-sd, then glyph-sd3; writes OUT/sd/glyph-sd and OUT/sd3/glyph-sd3."""
+    """Trains glyph-sd, then glyph-sd3; writes OUT/sd/glyph-sd and OUT/sd3/glyph-sd3.
+
+    weights: those of the autoencoder in `vae`, so that a run goes on with no other.
+    """
     from attnctl.glyph.train import sd, sd3
 
     if minutes <= 0:
         raise UsageError("--minutes is the length of the run here: above 0")
     tasks: dict[str, tuple[Any, int]] = {"sd": (sd.Denoising, sd.BATCH), "sd3": (sd3.Flow, sd3.BATCH)}
     runs = {
-        name: settings_of(name, out, minutes, seed, resume, {"batch": batch or usual})
+        name: settings_of(name, out, minutes, seed, resume, {"batch": batch or usual, "vae": weights})
         for name, (_, usual) in tasks.items()
     }
     for settings in runs.values():
