@@ -2,9 +2,9 @@
 
     python benchmarks/by_eye.py
 
-Both models drew them, under several controls and with none, many of them badly. The person named what is there without
-a doubt, and what may be meant. missed: of the former, what the judge does not see. too much: what the judge sees, and the
-person could not make out. A strict judge takes few of the doubtful things.
+Both models drew them, under several controls and with none, many of them badly. The person named what is there
+without a doubt, and what may be meant. missed: of the former, what the judge does not see. too much: what the judge
+sees and the person could not make out. A strict judge takes few of the doubtful things.
 """
 
 import json

@@ -173,7 +173,7 @@ def main(
     model: Annotated[str, typer.Option(help="Embedded name or pipeline folder.")] = "glyph-sd",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...: where pictures are drawn.")] = "cpu",
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the table and the sheet; default: out/compose, or one of the model.")
+        Path | None, typer.Option(help="Folder of results; default: out/compose, or one of the model.")
     ] = None,
 ) -> None:
     names = list(conditions or [*SCRATCH, *METHODS])
