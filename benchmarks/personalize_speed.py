@@ -17,6 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from attnctl.pipelines.personalize.concepts import Encoders, caption, read_concepts
+from attnctl.pipelines.personalize.denoising import denoising_of
 from attnctl.pipelines.personalize.settings import settings_of
 from attnctl.pipelines.personalize.trainer import Examples, Trainer
 
@@ -31,7 +32,8 @@ def measure(name: str, repeats: int, bar: Progress) -> dict[str, Any]:
     with_maps = settings_of("ours", rows=rows, regular_rows=0, masks="none", keep=0.0)
     arms = {"plain": replace(with_maps, bind=0.0, separate=0.0), "calibrated": with_maps}
     dice = torch.Generator().manual_seed(0)
-    trainer = Trainer(pipe, concepts, Encoders(pipe, concepts, with_maps, dice), with_maps, dice)
+    denoising = denoising_of(pipe)
+    trainer = Trainer(denoising, concepts, Encoders(denoising.encoders, concepts, with_maps, dice), with_maps, dice)
     cells = side // pipe.vae_scale_factor
     shape = rows, pipe.unet.config.in_channels, cells, cells
     text = caption([one.phrase for one in concepts], with_maps)

@@ -22,10 +22,10 @@ from PIL import Image
 from torch import Tensor
 
 from attnctl.concepts import Concept, Learnt
-from attnctl.engine.families.registry import family_of
-from attnctl.errors import AttnctlWarning, ControlError, UnsupportedPipelineError
+from attnctl.errors import AttnctlWarning, ControlError
 from attnctl.pipelines.personalize.checkpoint import Checkpoints, about
 from attnctl.pipelines.personalize.concepts import Encoders, read_concepts
+from attnctl.pipelines.personalize.denoising import denoising_of
 from attnctl.pipelines.personalize.examples import Examples, Stage, encoded, regular_of, views_of
 from attnctl.pipelines.personalize.files import learnt_of
 from attnctl.pipelines.personalize.masks import Found, given_masks, look, masks_from
@@ -55,18 +55,15 @@ class Personalizer:
     ) -> None:
         self.concepts = read_concepts(concepts)
         self.settings: Settings = settings_of(preset, **settings)
-        family, model = family_of(pipe)
-        if family.denoiser != "unet":
-            raise UnsupportedPipelineError(f"concepts are learnt by SD 1, SD 2 and SDXL, not by {family.name}")
-        if model.dtype != torch.float32:
-            raise ControlError(f"the pipeline is in {str(model.dtype).removeprefix('torch.')}: load it in float32")
+        self.denoising = denoising_of(pipe)
+        if (dtype := self.denoising.model.dtype) != torch.float32:
+            raise ControlError(f"the pipeline is in {str(dtype).removeprefix('torch.')}: load it in float32")
         self.pipe = pipe
 
     @property
     def side(self) -> int:
         """Of the pictures that are trained on, in pixels."""
-        size = self.pipe.unet.config.sample_size
-        return int(size if isinstance(size, int) else size[0]) * int(self.pipe.vae_scale_factor)
+        return self.denoising.side
 
     def learn(
         self,
@@ -107,13 +104,14 @@ class Personalizer:
         dice = torch.Generator().manual_seed(settings.seed)
         source = squared(picture, self.side)
         own = given_masks(masks, self.concepts, self.side) if masks else None
-        kept = Checkpoints(Path(folder), about(self.concepts, settings, picture, self.pipe, own)) if folder else None
+        told = about(self.concepts, settings, picture, self.denoising.model, own)
+        kept = Checkpoints(Path(folder), told) if folder else None
         ready = kept.prepared() if kept and resume else None
         views, regular = ready or self._prepared(source, own, tell, found)
         if kept and ready is None:
             kept.prepare(views, regular)
-        encoders = Encoders(self.pipe, self.concepts, settings, dice)
-        trainer = Trainer(self.pipe, self.concepts, encoders, settings, dice)
+        encoders = Encoders(self.denoising.encoders, self.concepts, settings, dice)
+        trainer = Trainer(self.denoising, self.concepts, encoders, settings, dice)
         if kept and ready and (state := kept.state()) is not None:
             trainer.restore(state)
         else:
@@ -135,7 +133,7 @@ class Personalizer:
         if masks is None and settings.masks != "none" and len(self.concepts) > 1:
             tell("masks", 0, 1)
             latents = encoded(self.pipe, [source], lambda at: None)
-            found = look(self.pipe, latents, [one.noun for one in self.concepts], settings.masks, settings.seed)
+            found = look(self.denoising, latents, [one.noun for one in self.concepts], settings.masks, settings.seed)
             told = masks_from(found, self.concepts, source)
             if watch is not None:
                 watch(told)

@@ -18,9 +18,9 @@ from attnctl.concepts import Concept, read_learnt
 from attnctl.errors import AttnctlError, AttnctlWarning, ControlError, UnsupportedPipelineError
 from attnctl.pipelines import Personalizer
 from attnctl.pipelines.personalize.concepts import caption, read_concepts
+from attnctl.pipelines.personalize.denoising import snr_weight
 from attnctl.pipelines.personalize.files import factored
 from attnctl.pipelines.personalize.settings import PRESETS, settings_of
-from attnctl.pipelines.personalize.trainer import snr_weight
 from attnctl.pipelines.personalize.views import View, make_views, squared
 from attnctl.pipelines.personalizer import seen
 

@@ -29,12 +29,12 @@ def about(
     concepts: tuple[Concept, ...],
     settings: Settings,
     picture: Image.Image,
-    pipe: Any,
+    model: torch.nn.Module,
     masks: torch.Tensor | None = None,
 ) -> dict[str, str]:
     """What must be the same for a training to go on, by name; of masks those that the caller gave."""
     weights = hashlib.sha256()
-    for name, parameter in pipe.unet.named_parameters():  # a few numbers of each tell models apart
+    for name, parameter in model.named_parameters():  # a few numbers of each tell models apart
         weights.update(name.encode() + np.asarray(parameter.detach().flatten()[:4].float().cpu()).tobytes())
     return {
         "concepts": json.dumps([one.phrase for one in concepts]),

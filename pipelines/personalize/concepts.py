@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from attnctl.concepts import Concept
-from attnctl.errors import ControlError, PhraseError, UnsupportedPipelineError
+from attnctl.errors import ControlError, PhraseError
+from attnctl.pipelines.personalize.denoising import Pair
 from attnctl.pipelines.personalize.settings import Settings
 
 WORD = re.compile(r"<[A-Za-z0-9_-]+>")
@@ -95,11 +96,11 @@ class Encoder:
 
 
 class Encoders:
-    """All text encoders of a UNet pipeline: one of SD 1 and SD 2, two of SDXL."""
+    """All text encoders of a pipeline that have a row for a new word."""
 
-    def __init__(self, pipe: Any, concepts: Sequence[Concept], settings: Settings, generator: torch.Generator) -> None:
-        self.pipe = pipe
-        found = text_encoders(pipe)
+    def __init__(
+        self, found: Sequence[Pair], concepts: Sequence[Concept], settings: Settings, generator: torch.Generator
+    ) -> None:
         words = [one.word for one in concepts]
         for tokenizer, _ in found:
             if taken := [word for word in words if word in tokenizer.get_vocab()]:
@@ -118,46 +119,6 @@ class Encoders:
             for one in self.all:
                 stack.enter_context(one.trained())
             yield
-
-    def encode(self, captions: Sequence[str], size: tuple[int, int]) -> dict[str, Any]:
-        """The arguments of the UNet that come from the captions, with gradient.
-
-        Args:
-            captions: one for each row.
-            size: (height, width) of the pictures in pixels, which SDXL is told.
-        """
-        return text_of([(one.tokenizer, one.model) for one in self.all], captions, size)
-
-
-def text_encoders(pipe: Any) -> list[tuple[Any, Any]]:
-    """(tokenizer, text encoder) of a UNet pipeline: one of SD 1 and SD 2, two of SDXL."""
-    names = ("", "_2") if hasattr(pipe, "text_encoder_2") else ("",)
-    found = [(getattr(pipe, f"tokenizer{name}"), getattr(pipe, f"text_encoder{name}")) for name in names]
-    if any(part is None for pair in found for part in pair):
-        raise UnsupportedPipelineError(f"{type(pipe).__name__} lacks a text encoder, so it can learn no word")
-    return found
-
-
-def text_of(encoders: Sequence[tuple[Any, Any]], captions: Sequence[str], size: tuple[int, int]) -> dict[str, Any]:
-    """The arguments of the UNet that come from captions, see `Encoders.encode`."""
-    states, pooled = [], None
-    for tokenizer, model in encoders:
-        ids = tokenizer(
-            list(captions),
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids.to(model.get_input_embeddings().weight.device)
-        if len(encoders) == 1:
-            return {"encoder_hidden_states": model(ids)[0]}
-        output = model(ids, output_hidden_states=True)
-        states.append(output.hidden_states[-2])
-        pooled = output[0]
-    assert pooled is not None
-    times = torch.tensor([[*size, 0, 0, *size]], dtype=pooled.dtype, device=pooled.device)
-    added = {"text_embeds": pooled, "time_ids": times.repeat(len(captions), 1)}
-    return {"encoder_hidden_states": torch.cat(states, -1), "added_cond_kwargs": added}
 
 
 def _with_words(

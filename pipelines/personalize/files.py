@@ -26,7 +26,7 @@ def learnt_of(trainer: Trainer, before: Mapping[str, Tensor]) -> Learnt:
     if trainer.settings.trained == "lora":
         from attnctl.pipelines.personalize.adapters import adapters_of
 
-        lora = adapters_of(trainer.unet)
+        lora = adapters_of(trainer.model)
     else:
         change = {name: trainer.tuned[name].detach().cpu() - weight.cpu() for name, weight in before.items()}
         lora = factored(change, trainer.settings.rank)

@@ -13,29 +13,27 @@ may look at it more than at the words, and the prompt that guidance subtracts is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnctl.pipelines.personalize.concepts import text_encoders, text_of
+from attnctl.pipelines.personalize.denoising import Denoising, ids_of
 
 
 @torch.no_grad()
-def covariance(pipe: Any, captions: Sequence[str], size: tuple[int, int]) -> Tensor:
+def covariance(denoising: Denoising, captions: Sequence[str], size: tuple[int, int]) -> Tensor:
     """(width, width): mean of x x^T over text states; words and padding weigh the same.
 
     Args:
-        pipe: before it is trained.
+        denoising: of a pipeline before it is trained.
         captions: without new words.
         size: (height, width) of pictures in pixels.
     """
-    encoders = text_encoders(pipe)
-    tokenizer = encoders[0][0]
+    tokenizer = denoising.encoders[0][0]
     captions = ["", *dict.fromkeys(captions)]
-    states = text_of(encoders, captions, size)["encoder_hidden_states"].float()  # (captions, tokens, width)
+    states = denoising.text(captions, size)["encoder_hidden_states"].float()  # (captions, tokens, width)
     length = states.shape[1]
-    ids = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    ids = ids_of(tokenizer, captions, length)
     ends = (ids == tokenizer.eos_token_id).int().argmax(1, keepdim=True)
     padding = torch.arange(length) > ends  # (captions, tokens)
     parts = [states[kind.to(states.device)] for kind in (~padding, padding)]

@@ -20,8 +20,7 @@ from attnctl.errors import ControlError
 from attnctl.maps.live import LiveMaps
 from attnctl.maps.pictures import heat, overlay
 from attnctl.maps.self_maps import SelfMaps
-from attnctl.pipelines.personalize.concepts import text_encoders, text_of
-from attnctl.pipelines.personalize.trainer import picture_size, predict
+from attnctl.pipelines.personalize.denoising import Denoising
 from attnctl.processors.attencraft import POWER, divided, fitted, relevance
 from attnctl.processors.calibration import min_max
 from attnctl.sheets import grid as sheet
@@ -61,7 +60,7 @@ class Found:
 
 
 @torch.no_grad()
-def look(pipe: Any, latents: Tensor, nouns: Sequence[str], recipe: Recipe, seed: int = 0) -> Tensor:
+def look(denoising: Denoising, latents: Tensor, nouns: Sequence[str], recipe: Recipe, seed: int = 0) -> Tensor:
     """(concepts + 1, height, width): relevance of each place of the picture to each noun and, last, the background.
 
     "paper" is AttenCraft's: cross-attention near 16 x 16 alone, the start token as the background, fourth power.
@@ -69,24 +68,25 @@ def look(pipe: Any, latents: Tensor, nouns: Sequence[str], recipe: Recipe, seed:
     whose start token is no background, and things in the tone of their background, need that.
 
     Args:
-        pipe: the pipeline as it is.
+        denoising: of the pipeline as it is.
         latents: (1, channels, height, width), the picture.
         nouns: of the things.
         recipe: which.
         seed: of the noise.
     """
     side = latents.shape[-1]
-    cross, own = select(discover(pipe), "cross"), select(discover(pipe), "self")
+    sites = discover(denoising.pipe)
+    cross, own = select(sites, denoising.reads), select(sites, "self")
     factors = sorted({site.factor for site in cross if site.factor}, key=lambda one: abs(side / one - CROSS))
     used = [factors[0], *(one for one in factors if recipe == "ours" and one == 2 * factors[0])]
     names = [*nouns, "<start>"]
     lives = [LiveMaps(*names, where=_of(cross, factor)) for factor in used]
     selves = SelfMaps(_of(own, min({one.factor for one in own if one.factor}, key=lambda one: abs(side / one - OWN))))
-    times = (torch.tensor(NOISE) * len(pipe.scheduler.alphas_cumprod)).long()
+    times = denoising.times(torch.tensor(NOISE))
     rows, captions = latents.repeat(len(times), 1, 1, 1), [" and ".join(f"a {noun}" for noun in nouns)] * len(times)
-    text = text_of(text_encoders(pipe), captions, picture_size(pipe, latents))
-    with attach(pipe, *lives, selves) as attached, attached.batch(captions) as batch:
-        predict(pipe, rows, times, torch.Generator().manual_seed(seed), text)
+    text = denoising.text(captions, denoising.picture_size(latents))
+    with attach(denoising.pipe, *lives, selves) as attached, attached.batch(captions) as batch:
+        denoising.predict(rows, times, torch.Generator().manual_seed(seed), text)
     seen = [batch.state(live).maps().mean(0) for live in lives]
     state = batch.state(selves)
     if recipe == "paper":

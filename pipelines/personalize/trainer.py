@@ -18,6 +18,7 @@ from attnctl.engine.sites import Site, select
 from attnctl.errors import ControlError
 from attnctl.maps.live import Live, LiveMaps
 from attnctl.pipelines.personalize.concepts import Encoders
+from attnctl.pipelines.personalize.denoising import Denoising
 from attnctl.pipelines.personalize.examples import Examples
 from attnctl.pipelines.personalize.keeping import covariance, kept
 from attnctl.pipelines.personalize.settings import Settings
@@ -78,15 +79,17 @@ class StartApart(Control):
         return proceed(call.replace(k=k, v=v))
 
 
-def calibrated_sites(pipe: Any, latent_side: int, factor: int | None) -> tuple[Site, ...]:
+def calibrated_sites(denoising: Denoising, latent_side: int, factor: int | None) -> tuple[Site, ...]:
     """The cross-attention sites whose maps are calibrated: those of this factor, or nearest to 16 x 16."""
-    cross = select(discover(pipe), "cross")
+    cross = select(discover(denoising.pipe), denoising.reads)
     there = sorted({site.factor for site in cross if site.factor})
     if factor is None:
         factor = min(there, key=lambda one: abs(latent_side / one - ATTENTION_GRID))
     found = tuple(site for site in cross if site.factor == factor)
     if not found:
-        raise ControlError(f"no cross-attention site has factor {factor}; there are {', '.join(map(str, there))}")
+        raise ControlError(
+            f"no {denoising.reads}-attention site has factor {factor}; there are {', '.join(map(str, there))}"
+        )
     return found
 
 
@@ -99,22 +102,26 @@ class Trainer:
     """
 
     def __init__(
-        self, pipe: Any, concepts: Sequence[Concept], encoders: Encoders, settings: Settings, dice: torch.Generator
+        self,
+        denoising: Denoising,
+        concepts: Sequence[Concept],
+        encoders: Encoders,
+        settings: Settings,
+        dice: torch.Generator,
     ) -> None:
-        self.pipe, self.concepts, self.encoders, self.settings, self.dice = pipe, concepts, encoders, settings, dice
-        self.before = {name: p.detach().clone() for name, p in keys_and_values(pipe.unet).items()}
+        self.denoising, self.concepts, self.encoders = denoising, concepts, encoders
+        self.settings, self.dice = settings, dice
+        self.before = {name: p.detach().clone() for name, p in denoising.keys_and_values.items()}
         self.spread: Tensor | None = None
-        self.unet, self.step = pipe.unet, 0
+        self.model, self.step = denoising.model, 0
         self.running: dict[int, float] = {}  # subset of the concepts, by number -> mean loss of late
-        self.tuned = _tuned(self.unet, settings)
+        self.tuned = _tuned(denoising, settings)
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": encoders.parameters, "lr": settings.word_rate, "weight_decay": 0.0},
                 {"params": list(self.tuned.values()), "lr": settings.kv_rate, "weight_decay": settings.decay},
             ]
         )
-        self.alphas = pipe.scheduler.alphas_cumprod
-        self.kind = prediction_type(pipe)
 
     def train(
         self,
@@ -126,13 +133,13 @@ class Trainer:
         """The steps from where it stands to this one; then the pipeline knows the words as they are by now."""
         settings = self.settings
         words, nouns = ([getattr(one, name) for one in self.concepts] for name in ("word", "noun"))
-        where = calibrated_sites(self.pipe, views.latents.shape[-1], settings.factor)
+        where = calibrated_sites(self.denoising, views.latents.shape[-1], settings.factor)
         live = LiveMaps(*words, *nouns, where=list(where), absent=True)
         guided = settings.guide > 0 and views.masks is not None
         controls = [StartApart(), live] if settings.calibration.acts or guided else [StartApart()]
         if settings.keep > 0 and self.spread is None:
-            self.spread = self._spread(regular, picture_size(self.pipe, views.latents))
-        with self.ready(), attach(self.pipe, *controls) as attached:
+            self.spread = self._spread(regular, self.denoising.picture_size(views.latents))
+        with self.ready(), attach(self.denoising.pipe, *controls) as attached:
             while self.step < until:
                 rows = self._rows(views, regular)
                 with attached.batch(rows.captions) as batch:
@@ -186,7 +193,7 @@ class Trainer:
         """See `covariance`; of the captions of regular pictures and of the things beside the nouns."""
         nouns = [one.noun for one in self.concepts]
         captions = [*(regular.captions if regular else ()), *(f"a {one}" for one in (*nouns, *self.settings.others))]
-        return covariance(self.pipe, captions, size)
+        return covariance(self.denoising, captions, size)
 
     def _rows(self, views: Examples, regular: Examples | None) -> Rows:
         """What one step trains on; views come first."""
@@ -230,8 +237,8 @@ class Trainer:
     def _guided(self, live: Live, masks: Tensor) -> Tensor:
         """Mean guidance of the new words that the views' captions have."""
         count, rows = len(self.concepts), len(masks)
-        with torch.autocast(self.unet.device.type, enabled=False):
-            away = guidance(live.maps()[:rows, :count], masks.to(self.unet.device), self.settings.guidance)
+        with torch.autocast(self.model.device.type, enabled=False):
+            away = guidance(live.maps()[:rows, :count], masks.to(self.model.device), self.settings.guidance)
         present = live.present[:rows, :count]
         return (away * present).sum() / present.sum().clamp_min(1)
 
@@ -261,20 +268,22 @@ class Trainer:
     def look(self, views: Examples) -> Tensor:
         """(concepts, height, width): where the model sees the nouns in the picture, mean over six noise levels."""
         nouns = [one.noun for one in self.concepts]
-        live = LiveMaps(*nouns, where=list(calibrated_sites(self.pipe, views.latents.shape[-1], self.settings.factor)))
-        times = (torch.arange(1, 7) * len(self.alphas) // 10).long()
+        live = LiveMaps(
+            *nouns, where=list(calibrated_sites(self.denoising, views.latents.shape[-1], self.settings.factor))
+        )
+        times = self.denoising.times(torch.arange(1, 7) / 10)
         latents, captions = views.latents[:1].repeat(6, 1, 1, 1), [views.captions[0]] * 6
         dice = torch.Generator().manual_seed(self.settings.seed)
-        with attach(self.pipe, live) as attached, attached.batch(captions) as batch:
+        with attach(self.denoising.pipe, live) as attached, attached.batch(captions) as batch:
             self.predict(latents, captions, times, dice)
         return batch.state(live).maps().mean(0).cpu()
 
     def predict(
         self, latents: Tensor, captions: list[str], times: Tensor, dice: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """See the function of that name."""
-        size = picture_size(self.pipe, latents)
-        return predict(self.pipe, latents, times, dice, self.encoders.encode(captions, size))
+        """See `Denoising.predict`."""
+        text = self.denoising.text(captions, self.denoising.picture_size(latents))
+        return self.denoising.predict(latents, times, dice, text)
 
     def errors(self, latents: Tensor, valid: Tensor, captions: list[str], times: Tensor) -> Tensor:
         """The denoising loss of each row, mean over what is valid: (rows,), with gradient."""
@@ -282,12 +291,12 @@ class Trainer:
         real = valid[:, None].to(got.device)
         square = (got.float() - target).square() * real
         error = square.sum((1, 2, 3)) / (real.sum((1, 2, 3)).clamp_min(1e-6) * latents.shape[1])
-        return error * snr_weight(self.alphas[times], self.settings.snr, self.kind).to(got.device)
+        return error * self.denoising.weight(times, self.settings.snr).to(got.device)
 
     @contextmanager
     def ready(self) -> Iterator[None]:
         """While it is open, only what is trained asks for gradients, and new words are looked up where they are."""
-        models = [self.unet, *(one.model for one in self.encoders.all)]
+        models = [self.model, *(one.model for one in self.encoders.all)]
         asked = [p for model in models for p in model.parameters() if p.requires_grad]
         modes = [model.training for model in models]
         with ExitStack() as stack:
@@ -307,70 +316,13 @@ class Trainer:
     def _times(self, counts: Sequence[int]) -> Tensor:
         """Timesteps, uniform over the schedule, and spread over it within the rows of one kind."""
         shares = [(torch.arange(count) + torch.rand(count, generator=self.dice)) / count for count in counts]
-        return (torch.cat(shares) * len(self.alphas)).long()
+        return self.denoising.times(torch.cat(shares))
 
 
-def prediction_type(pipe: Any) -> str:
-    """What the model predicts, "epsilon" or "v_prediction".
-
-    Raises:
-        ControlError: something else.
-    """
-    kind = str(pipe.scheduler.config.prediction_type)
-    if kind not in ("epsilon", "v_prediction"):
-        raise ControlError(f"the scheduler predicts {kind!r}; epsilon and v_prediction can be trained")
-    return kind
-
-
-def predict(
-    pipe: Any, latents: Tensor, times: Tensor, dice: torch.Generator, text: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """What the model predicts from noised latents, and what it should have.
-
-    Args:
-        pipe: of a UNet.
-        latents: (rows, channels, height, width).
-        times: (rows,) timesteps.
-        dice: where the noise comes from.
-        text: arguments of the UNet that come from the captions.
-    """
-    unet = pipe.unet
-    noise = torch.randn(latents.shape, generator=dice)
-    a = pipe.scheduler.alphas_cumprod[times].view(-1, 1, 1, 1)
-    noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
-    target = noise if prediction_type(pipe) == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * latents
-    return unet(noisy.to(unet.device), times.to(unet.device), **text).sample, target.to(unet.device)
-
-
-def picture_size(pipe: Any, latents: Tensor) -> tuple[int, int]:
-    """(height, width) in pixels of what latents hold."""
-    factor = int(getattr(pipe, "vae_scale_factor", 8))
-    return latents.shape[-2] * factor, latents.shape[-1] * factor
-
-
-def snr_weight(alphas: Tensor, gamma: float | None, kind: str) -> Tensor:
-    """min-SNR weights (Hang et al., ICCV 2023, arXiv 2303.09556) of the losses at these alphas; ones for None.
-
-    min(snr, gamma) / snr for a model that predicts noise, min(snr, gamma) / (snr + 1) for one that predicts velocity.
-    """
-    if gamma is None:
-        return torch.ones_like(alphas)
-    snr = alphas / (1 - alphas)
-    return snr.clamp(max=gamma) / (snr if kind == "epsilon" else snr + 1)
-
-
-def keys_and_values(unet: Any) -> dict[str, nn.Parameter]:
-    """Weights of the keys and values of cross-attention, by name."""
-    ends = ("attn2.to_k", "attn2.to_v")
-    found = {name.replace(".base_layer", ""): p for name, p in unet.named_parameters()}
-    return {name: p for name, p in found.items() if name.removesuffix(".weight").endswith(ends)}
-
-
-def _tuned(unet: nn.Module, settings: Settings) -> dict[str, nn.Parameter]:
-    """Keys and values of cross-attention: the weights themselves, or adapters that are put on them."""
-    ends = ("attn2.to_k", "attn2.to_v")
+def _tuned(denoising: Denoising, settings: Settings) -> dict[str, nn.Parameter]:
+    """Keys and values of the text: the weights themselves, or adapters that are put on them."""
     if settings.trained == "full":
-        return keys_and_values(unet)
+        return denoising.keys_and_values
     from attnctl.pipelines.personalize.adapters import add_adapters
 
-    return add_adapters(unet, ends, settings.rank or 16, settings.seed)
+    return add_adapters(denoising.model, denoising.ends, settings.rank or 16, settings.seed)
