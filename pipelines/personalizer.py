@@ -112,6 +112,7 @@ class Personalizer:
             kept.prepare(views, regular)
         encoders = Encoders(self.denoising.encoders, self.concepts, settings, dice)
         trainer = Trainer(self.denoising, self.concepts, encoders, settings, dice)
+        trainer.prepare(views, regular)
         if kept and ready and (state := kept.state()) is not None:
             trainer.restore(state)
         else:
@@ -139,7 +140,7 @@ class Personalizer:
                 watch(told)
             masks = told.masks
         views = views_of(self.pipe, source, self.concepts, settings, masks, tell)
-        return views, regular_of(self.pipe, self.concepts, settings, tell) if settings.regular_rows else None
+        return views, regular_of(self.denoising, self.concepts, settings, tell) if settings.regular_rows else None
 
 
 def seen(concepts: Sequence[Concept], maps: torch.Tensor) -> list[str]:
