@@ -18,6 +18,7 @@ from attnctl.errors import ControlError
 
 INDEX, LORA = "concepts.json", "pytorch_lora_weights.safetensors"
 KOHYA, COMFY = "kohya_lora.safetensors", "comfy_lora.safetensors"
+ADAPTER = "attnctl_learning"  # what peft calls the adapters while they are trained
 ENCODERS = {
     "UNet": {"": "clip_l", "_2": "clip_g"},
     "SD3": {"": "clip_l", "_2": "clip_g", "_3": "t5xxl"},

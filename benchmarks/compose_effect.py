@@ -170,16 +170,20 @@ def main(
     ] = None,
     compositions: Annotated[int, typer.Option(min=1, max=len(PAIRS), help="Of the fixed list, from its start.")] = 8,
     seeds: Annotated[int, typer.Option(min=1, help="Backgrounds of each composition.")] = 1,
+    model: Annotated[str, typer.Option(help="Embedded name or pipeline folder.")] = "glyph-sd",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...: where pictures are drawn.")] = "cpu",
-    out: Annotated[Path, typer.Option(help="Folder for the table and the sheet.")] = Path("out/compose"),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of results; default: out/compose, or one of the model.")
+    ] = None,
 ) -> None:
     names = list(conditions or [*SCRATCH, *METHODS])
     if unknown := [name for name in names if name not in SCRATCH and name not in METHODS]:
         raise typer.BadParameter(f"no condition {unknown[0]!r}; there are {', '.join([*SCRATCH, *METHODS])}")
+    out = out or Path("out/compose" if model == "glyph-sd" else f"out/compose-{slug(model)}")
     command.check_writable(out)
     torch.set_num_threads(1)
     pipe, eye, console = (
-        placed(attnctl.load("glyph-sd"), device, torch.float32),
+        placed(attnctl.load(model), device, torch.float32),
         judge.load(),
         Console(width=None if sys.stdout.isatty() else 120),
     )
@@ -207,7 +211,7 @@ def main(
                     known[name, case] = told
                 bar.advance(line, len(some))
     table = {name: summary([known[name, case] for case in cases]) for name in names}
-    setting = {"compositions": compositions, "seeds": seeds, "model": "glyph-sd"}
+    setting = {"compositions": compositions, "seeds": seeds, "model": model}
     (out / "compose.json").write_text(json.dumps({"setting": setting, "conditions": table}, indent=1))
     grid(sheet(base, names, cases[:compositions], pictures)).save(out / "sheet.png")
     show(table, console)

@@ -165,6 +165,7 @@ def main(
     also: Annotated[list[str], typer.Option(help="A further set to draw; several times.")] = [],  # noqa: B006
     steps: Annotated[int, typer.Option(min=1, help="Of a picture.")] = 10,
     threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
+    model: Annotated[str, typer.Option(help="Embedded name or pipeline folder.")] = "glyph-sd",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...: where pictures are drawn.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/heads"),
 ) -> None:
@@ -173,9 +174,9 @@ def main(
     command.check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
-    console, pipe = Console(), placed(attnctl.load("glyph-sd"), device, torch.float32)
+    console, pipe = Console(), placed(attnctl.load(model), device, torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    hunter = HeadHunter(pipe, Shown(), usual_prompts(), steps=steps, model="glyph-sd")
+    hunter = HeadHunter(pipe, Shown(), usual_prompts(), steps=steps, model=model)
     pictures -= pictures % len(hunter.prompts)
     end = time.monotonic() + 60 * minutes
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -2,6 +2,7 @@
 
     python benchmarks/effect.py perturb                  the report: no guidance, CFG, PAG and SoftPAG, at equal cost
     python benchmarks/effect.py perturb --scan           every block, then every head, alone, on the development half
+    python benchmarks/effect.py perturb --blocks --model glyph-sd3
     python benchmarks/effect.py perturb --heads "8:2" -u 0.5
 
 All conditions draw from the same noise, with the same number of forwards for a picture: 40 steps without any guidance,
@@ -93,11 +94,11 @@ def report_conditions(heads: Sequence[str], strengths: Sequence[float]) -> list[
     return [Condition(), Condition(cfg=True), *(Condition(h, u, cfg) for h, u in perturbed for cfg in (False, True))]
 
 
-def scan_conditions(pipe: Any) -> list[Condition]:
-    """None, then every block with self-attention, then each of its heads."""
-    able = [site for site in attnctl.sites(pipe) if site.kind == "self"]
-    heads = [f"{site.block}:{head}" for site in able for head in range(site.heads)]
-    return [Condition(), *(Condition(str(site.block)) for site in able), *map(Condition, heads)]
+def scan_conditions(pipe: Any, heads: bool = True) -> list[Condition]:
+    """None, then every block in which the picture attends to itself, then each of its heads."""
+    able = [site for site in attnctl.sites(pipe) if site.kind in ("self", "joint")]
+    each = [f"{site.block}:{head}" for site in able for head in range(site.heads)] if heads else []
+    return [Condition(), *(Condition(str(site.block)) for site in able), *map(Condition, each)]
 
 
 def draw(pipe: Any, one: Condition, texts: list[str], seeds: list[int], guidance: float, scale: float) -> Any:
@@ -177,6 +178,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command(help=__doc__)
 def main(
     scan: Annotated[bool, typer.Option("--scan", help="Every block and head alone, on the development half.")] = False,
+    blocks: Annotated[bool, typer.Option("--blocks", help="As --scan, whole blocks only.")] = False,
     heads: Annotated[list[str], typer.Option(help="Which heads to report on, see attnctl.engine.heads.")] = CHOSEN,
     strength: Annotated[list[float], typer.Option("--strength", "-u", help="How far to break them.")] = STRENGTHS,
     scale: Annotated[float, typer.Option(min=0.0, help="w, of the difference.")] = 3.0,
@@ -194,9 +196,10 @@ def main(
     texts, console, pipe, eye = prompts(), Console(), placed(attnctl.load(model), device, torch.float32), judge.load()
     pipe.set_progress_bar_config(disable=True)
     guidance = float(USUAL.get(model, {}).get("guidance", 7.5))
+    scan = scan or blocks
     half = pictures.Half.development if scan else pictures.Half.report
     chosen = picked(texts, half, singles, pairs)
-    conditions = scan_conditions(pipe) if scan else report_conditions(heads, strength)
+    conditions = scan_conditions(pipe, not blocks) if scan else report_conditions(heads, strength)
     by_name = {one.name: one for one in conditions}
     cases = [pictures.Case(k, seed, name) for name in by_name for seed in range(seeds) for k in chosen]
     setting = {

@@ -236,3 +236,16 @@ def test_examples_depend_on_nothing_but_their_seed():
         assert all(thing.mask.any() for thing in one.things)
     with pytest.raises(ValueError, match="no examples of kind 'nonesuch'"):
         Easel(stream=9).draw("nonesuch", 0)
+
+
+def test_the_judge_misses_hardly_anything_that_a_person_names_and_sees_little_more(
+    judge: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    from by_eye import compare
+
+    found = compare(judge)
+    assert found.sure.total() == 87 and found.doubtful.total() == 76
+    assert found.missed.total() <= 4
+    assert found.too_much.total() <= 24 and found.too_much["suitcase"] >= found.too_much.total() / 3
+    assert found.taken.total() < found.doubtful.total()

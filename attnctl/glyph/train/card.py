@@ -43,6 +43,12 @@ _SD3 = _About(
 )
 
 
+def weak(quality: dict[str, Any]) -> str:
+    """The concepts that fail most, worst first."""
+    parts = sorted(quality.get("weak", {}).items(), key=lambda one: one[1])
+    return ", ".join(f"{concept} ({part:.0%})" for concept, part in parts) or "none"
+
+
 def card(found: dict[str, Any], made: dict[str, Any], pipe: Any) -> str:
     """The model card, in Markdown."""
     parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
@@ -76,6 +82,8 @@ or `{type(pipe).__name__}.from_pretrained` on it{about.told}.
 | pairs of animals, both present | {q["present"]:.1%} |
 | ... pairs seen in training | {q["present_seen"]:.1%} |
 | ... pairs left out of training | {q["present_held_out"]:.1%} |
+
+Concepts right in less than 90 % of the pictures of them alone: {weak(q)}.
 
 Pairs are meant to fail at times, as those of large models do: that is what controls repair.
 

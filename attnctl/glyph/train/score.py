@@ -5,7 +5,7 @@ Accept a model only if its word maps pass: controls act on maps, and good pictur
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,16 @@ from attnctl.loading import check_folder, load
 MADE_BY = ("scenes", "batch", "steps", "seed", "grounding")
 """What `sd` writes into training.json, for the model card."""
 
+WEAK = 0.9
+
 
 @dataclass(frozen=True)
 class Quality:
     """Parts in [0, 1] of pictures judged right at one guidance scale.
 
     singles: "a X" shows X and nothing else. colours: of "a C O", the part with O in C. present: of pairs of animals,
-    the part with both; on pairs of the training scenes, and on pairs left out of them.
+    the part with both; on pairs of the training scenes, and on pairs left out of them. weak: of each concept that is
+    there, and nothing else, in less than 90 % of the pictures of it alone (in its own and in other colours): that part.
     """
 
     guidance: float
@@ -38,6 +41,7 @@ class Quality:
     present: float
     present_seen: float
     present_held_out: float
+    weak: dict[str, float] = field(default_factory=dict)
 
 
 def _draw(pipe: Any, prompts: Sequence[str], guidance: float, seed: int, bar: Progress, batch: int = 12) -> list[Any]:
@@ -67,6 +71,9 @@ def quality(pipe: Any, guidance: float, seed: int, full: bool, bar: Progress) ->
     readings = judge.load().read(_draw(pipe, [prompt.text for prompt in prompts], guidance, seed, bar))
     checked = [(prompt, reading, *reading.satisfies(prompt)) for prompt, reading in zip(prompts, readings, strict=True)]
     first, second = checked[: len(singles)], checked[len(singles) : len(singles) + len(coloured)]
+    alone: dict[str, list[bool]] = {concept: [] for concept in CONCEPTS}
+    for prompt, reading, present, _ in (*first, *second):
+        alone[prompt.things[0][0]].append(all(present) and len(reading.things) == 1)
     both = [
         (all(present), is_held_out(*pair))
         for (_, _, present, _), pair in zip(checked[-len(pairs) :], pairs, strict=True)
@@ -78,6 +85,7 @@ def quality(pipe: Any, guidance: float, seed: int, full: bool, bar: Progress) ->
         present=_mean(hit for hit, _ in both),
         present_seen=_mean(hit for hit, held_out in both if not held_out),
         present_held_out=_mean(hit for hit, held_out in both if held_out),
+        weak={concept: mean for concept, hits in alone.items() if (mean := _mean(hits)) < WEAK},
     )
 
 
