@@ -1,4 +1,4 @@
-"""What is learnt from one picture of two things that glyph-sd never saw, with and without calibrated attention.
+"""What is learnt from one picture of two things that the model never saw, with and without calibrated attention.
 
     python benchmarks/effect.py personalize --pictures 1 --arms plain --arms both --seeds 1
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from attnctl import attach
 from attnctl.comfy import FUSED, fused_keys
 from attnctl.concepts import read_learnt
-from attnctl.errors import ControlError, PhraseError
+from attnctl.errors import ControlError, PhraseError, UnsupportedPipelineError
 from attnctl.maps.self_maps import SelfMaps
 from attnctl.pipelines import Personalizer
 from attnctl.pipelines.personalize.denoising import denoising_of
@@ -98,6 +98,12 @@ def test_a_distilled_flux_is_told_a_guidance():
     assert seen[0].tolist() == [3.5, 3.5]
 
 
+def test_models_that_read_more_than_the_picture_are_refused():
+    for pipe in (flux(in_channels=24, out_channels=16), tiny.inpaint()):
+        with pytest.raises(UnsupportedPipelineError, match="reads more than the picture"):
+            Personalizer(pipe, "cat, dog")
+
+
 def test_noise_levels_are_shifted_as_the_scheduler_shifts_them():
     shares = torch.tensor([0.1, 0.5, 0.9])
     pipe = sd3()
@@ -143,7 +149,7 @@ def test_only_words_and_keys_and_values_of_the_text_change(picture, name, traine
     found = learnt(pipe, picture, trained=trained, bind=0.1, separate=0.1)
     after = dict(pipe.transformer.named_parameters())
     for key, old in kept.items():
-        new = after.get(key, after.get(key.replace(".weight", ".base_layer.weight")))
+        new = after.get(key, after.get(".base_layer.".join(key.rsplit(".", 1))))
         assert torch.equal(old, new) != (trained == "full" and key.endswith(ENDS)), key
     blocks = {"sd3": 3, "flux": 2}[name]
     assert len(found.lora) == 2 * blocks and all(up.any() for _, up in found.lora.values())
