@@ -307,7 +307,7 @@ class Trainer:
         modes = [model.training for model in models]
         with ExitStack() as stack:
             for model in models:
-                model.requires_grad_(False).train()  # gradient checkpointing acts in training alone
+                model.requires_grad_(False).train(model is self.model)  # where checkpointing acts; T5 would drop out
             for parameter in self.tuned.values():
                 parameter.requires_grad_(True)
             stack.enter_context(self.encoders.trained())
