@@ -223,7 +223,9 @@ class Shown:
         if self.latest is None:
             return "nothing was left to train"
         told = ", ".join(f"{name} {value:.3f}" for name, value in self.latest.losses.items())
-        return f"{self.latest.step} steps; in the last one: {told}"
+        kept, tried = self.latest.renewed
+        masks = f"; masks renewed {kept} of {tried} times" if tried else ""
+        return f"{self.latest.step} steps; in the last one: {told}{masks}"
 
     def warnings(self, learnt: Learnt) -> list[str]:
         """What went wrong in the maps, one line each."""
