@@ -21,7 +21,7 @@ from attnctl.pipelines.personalize.accelerated import accelerated
 from attnctl.pipelines.personalize.concepts import Encoders
 from attnctl.pipelines.personalize.denoising import Denoising
 from attnctl.pipelines.personalize.examples import Examples, Rows, remasked
-from attnctl.pipelines.personalize.keeping import covariance, kept
+from attnctl.pipelines.personalize.keeping import kept, spreads
 from attnctl.pipelines.personalize.losses import Losses, losses_of
 from attnctl.pipelines.personalize.masks import renewed
 from attnctl.pipelines.personalize.settings import Settings
@@ -57,10 +57,12 @@ class StartApart(Control):
     lane = Lane.QKV
 
     def sites(self, available: tuple[Site, ...]) -> tuple[Site, ...]:
-        return tuple(site for site in available if site.kind == "cross")
+        return tuple(site for site in available if site.kind in ("cross", "joint"))
 
     def attend(self, call: AttentionCall, proceed: Proceed) -> Tensor:
-        k, v = (torch.cat([x[:, :, :1].detach(), x[:, :, 1:]], 2) for x in (call.k, call.v))
+        at = call.text.start
+        parts = ((x[:, :, :at], x[:, :, at : at + 1].detach(), x[:, :, at + 1 :]) for x in (call.k, call.v))
+        k, v = (torch.cat(part, 2) for part in parts)
         return proceed(call.replace(k=k, v=v))
 
 
@@ -98,7 +100,7 @@ class Trainer:
         self.denoising, self.concepts, self.encoders = denoising, concepts, encoders
         self.settings, self.dice = settings, dice
         self.before = {name: p.detach().clone() for name, p in denoising.keys_and_values.items()}
-        self.spread: Tensor | None = None
+        self.spread: dict[str, Tensor] | None = None
         self.model, self.step = denoising.model, 0
         self.running: dict[int, float] = {}  # subset of the concepts, by number -> mean loss of late
         self.scaler: dict[str, Any] | None = None  # how far losses are scaled, with precision fp16
@@ -151,9 +153,9 @@ class Trainer:
         live = LiveMaps(*words, *nouns, where=list(where), absent=True)
         guided = settings.guide > 0 and views.masks is not None
         reads = settings.calibration.acts or settings.contrast > 0 or guided
-        controls = [StartApart(), live] if reads else [StartApart()]
-        if settings.keep > 0 and self.spread is None:
-            self.spread = self._spread(regular, self.denoising.picture_size(views.latents))
+        controls: list[Control] = [StartApart()] if self.denoising.starts else []
+        controls += [live] if reads else []
+        size = self.denoising.rows
         with (
             self.ready(),
             attach(self.denoising.pipe, *controls) as attached,
@@ -165,7 +167,10 @@ class Trainer:
                 told, passes = list[Losses](), self._passes(views, regular)
                 for rows in passes:
                     with accelerator.accumulate(self.model):
-                        with accelerator.autocast(), attached.batch(rows.captions) as batch:
+                        with (
+                            accelerator.autocast(),
+                            attached.batch(rows.captions, max_sequence_length=size) as batch,
+                        ):
                             text = self.text(rows.latents, rows.captions)
                             errors = self.errors(rows, text)  # (rows,)
                         states = text["encoder_hidden_states"]
@@ -201,11 +206,13 @@ class Trainer:
             parts[module][rest[0]] = weight
         return {f"{module}.weight": pair["B"] @ pair["A"] for module, pair in parts.items()}
 
-    def _spread(self, regular: Examples | None, size: tuple[int, int]) -> Tensor:
-        """See `covariance`; of the captions of regular pictures and of the things beside the nouns."""
-        nouns = [one.noun for one in self.concepts]
-        captions = [*(regular.captions if regular else ()), *(f"a {one}" for one in (*nouns, *self.settings.others))]
-        return covariance(self.denoising, captions, size)
+    def prepare(self, views: Examples, regular: Examples | None) -> None:
+        """What must be known of the model as it is before training, and before `restore`: what is to be kept."""
+        if self.settings.keep > 0:
+            nouns = [one.noun for one in self.concepts]
+            things = [f"a {one}" for one in (*nouns, *self.settings.others)]
+            captions = [*(regular.captions if regular else ()), *things]
+            self.spread = spreads(self.denoising, captions, views.latents, self.settings.seed)
 
     def _passes(self, views: Examples, regular: Examples | None) -> list[Rows]:
         """What one step trains on, pass by pass; views come first."""
@@ -286,7 +293,10 @@ class Trainer:
         times = self.denoising.times(torch.arange(1, 7) / 10)
         latents, captions = views.latents[:1].repeat(6, 1, 1, 1), [views.captions[0]] * 6
         dice = torch.Generator().manual_seed(self.settings.seed)
-        with attach(self.denoising.pipe, live) as attached, attached.batch(captions) as batch:
+        with (
+            attach(self.denoising.pipe, live) as attached,
+            attached.batch(captions, max_sequence_length=self.denoising.rows) as batch,
+        ):
             self.denoising.predict(latents, times, dice, self.text(latents, captions))
         return batch.state(live).maps().mean(0).cpu()
 
@@ -310,7 +320,7 @@ class Trainer:
         modes = [model.training for model in models]
         with ExitStack() as stack:
             for model in models:
-                model.requires_grad_(False).train()  # gradient checkpointing acts in training alone
+                model.requires_grad_(False).train(model is self.model)  # where checkpointing acts; T5 would drop out
             for parameter in self.tuned.values():
                 parameter.requires_grad_(True)
             stack.enter_context(self.encoders.trained())
@@ -323,8 +333,11 @@ class Trainer:
                     parameter.requires_grad_(True)
 
     def _times(self, count: int) -> Tensor:
-        """Timesteps of rows of one kind, uniform over the schedule, and spread over it."""
-        return self.denoising.times((torch.arange(count) + torch.rand(count, generator=self.dice)) / count)
+        """Where rows of one kind are, as `Settings.levels` says, and spread over the schedule."""
+        shares = (torch.arange(count) + torch.rand(count, generator=self.dice)) / count
+        if self.settings.levels == "logit-normal":
+            shares = torch.special.ndtri(shares.clamp(1e-4, 1 - 1e-4)).sigmoid()
+        return self.denoising.times(shares)
 
 
 def means(passes: Sequence[Losses]) -> tuple[dict[str, float], tuple[float, ...]]:
