@@ -18,6 +18,7 @@ from attnctl.errors import ControlError
 INDEX, LORA = "concepts.json", "pytorch_lora_weights.safetensors"
 KOHYA = "kohya_lora.safetensors"
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+ADAPTER = "attnctl_learning"  # what peft calls the adapters while they are trained
 
 
 @dataclass(frozen=True)

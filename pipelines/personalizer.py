@@ -104,6 +104,9 @@ class Personalizer:
         dice = torch.Generator().manual_seed(settings.seed)
         source = squared(picture, self.side)
         own = given_masks(masks, self.concepts, self.side) if masks else None
+        if settings.refresh and (own is not None or len(self.concepts) < 2):
+            why = "yours stay as they are" if own is not None else "one concept has none"
+            raise ControlError(f"refresh renews masks that the model found, and {why}; set refresh to 0")
         told = about(self.concepts, settings, picture, self.denoising.model, own)
         kept = Checkpoints(Path(folder), told) if folder else None
         ready = kept.prepared() if kept and resume else None

@@ -9,6 +9,7 @@ is how much each place attends to each other place.
     R_k = N(P C_k)                              relevance
     place p is in mask k  iff  R_k(p) - R_j(p) > margin for all j other than k; else it is in no mask
     guidance_k = JSD(softmax N(up(M_k)), softmax mask_k)    natural logarithms, softmax over all places
+    masks that a trained model gives replace the former  iff  SSIM of each with the former is 0.8 or more
 
 N is min-max. Mean squared error to the mask of M_k / max M_k (Break-a-Scene, Avrahami et al., SIGGRAPH Asia 2023, arXiv
 2305.16311) is the other form of guidance. Everything is worked out in float32 or wider.
@@ -26,6 +27,7 @@ from attnctl.processors.calibration import EPS, min_max
 
 MARGIN = 0.1
 POWER = 4
+WINDOW, ALIKE = 7, 0.8  # of the structural similarity that masks are renewed by
 Guidance = Literal["jsd", "mse"]
 Grid = tuple[int, int]
 
@@ -64,6 +66,35 @@ def divided(relevant: Tensor, margin: float = MARGIN) -> Tensor:
     """
     first, second = relevant.topk(2, 0).values
     return (relevant == first) & (first - second > margin)
+
+
+def similarity(one: Tensor, other: Tensor, window: int = WINDOW) -> Tensor:
+    """Structural similarity (Wang et al., IEEE TIP 2004) of pictures with values from 0 to 1: (...), up to 1.
+
+    As scikit-image works it out by default: the same weight all over the window, variances of a sample, the mean over
+    all windows that lie inside.
+
+    Args:
+        one, other: (..., height, width).
+        window: side of the window, odd; pictures that are smaller have a smaller one.
+    """
+    size = min(window, *one.shape[-2:])
+    size -= 1 - size % 2
+    flat = [x.reshape(-1, 1, *x.shape[-2:]) for x in (one, other)]
+    mean_1, mean_2 = (F.avg_pool2d(x, size, 1) for x in flat)
+    share = size**2 / max(size**2 - 1, 1)
+    square_1, square_2, product = (
+        share * (F.avg_pool2d(x * y, size, 1) - mean_x * mean_y)
+        for x, y, mean_x, mean_y in (
+            (flat[0], flat[0], mean_1, mean_1),
+            (flat[1], flat[1], mean_2, mean_2),
+            (flat[0], flat[1], mean_1, mean_2),
+        )
+    )
+    small_1, small_2 = 0.01**2, 0.03**2
+    found = (2 * mean_1 * mean_2 + small_1) * (2 * product + small_2)
+    found = found / ((mean_1**2 + mean_2**2 + small_1) * (square_1 + square_2 + small_2))
+    return found.mean((1, 2, 3)).reshape(one.shape[:-2])
 
 
 def divergence(one: Tensor, other: Tensor) -> Tensor:

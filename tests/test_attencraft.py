@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from attnctl.processors.attencraft import divergence, divided, fitted, guidance, relevance
+from attnctl.processors.attencraft import divergence, divided, fitted, guidance, relevance, similarity
 
 
 def test_relevance_follows_attention_to_where_it_is_squared_and_stretched():
@@ -85,3 +85,23 @@ def test_half_precision_is_widened():
 
 def test_maps_keep_their_leading_dimensions_on_another_grid():
     assert fitted(torch.rand(2, 3, 4, 4), (8, 6)).shape == (2, 3, 8, 6)
+
+
+def test_similarity_by_hand():
+    """One window of 7 x 7: a mask of n cells and what it leaves."""
+    mask = torch.zeros(7, 7)
+    mask[:3] = 1
+    p, small_1, small_2 = 21 / 49, 1e-4, 9e-4
+    v = 49 / 48 * p * (1 - p)
+    wanted = (2 * p * (1 - p) + small_1) * (-2 * v + small_2) / ((p**2 + (1 - p) ** 2 + small_1) * (2 * v + small_2))
+    assert similarity(mask, 1 - mask).item() == pytest.approx(wanted, abs=1e-5) and wanted < -0.9
+    flat = similarity(torch.full((2, 9, 9), 0.2), torch.full((2, 9, 9), 0.6))
+    assert torch.allclose(flat, torch.full((2,), (0.24 + small_1) / (0.4 + small_1)), atol=1e-3)
+    assert similarity(mask[:5, :6], mask[:5, :6]).item() == pytest.approx(1)  # smaller than the window
+
+
+def test_similarity_is_the_mean_over_the_windows_inside():
+    torch.manual_seed(0)
+    one, other = torch.rand(2, 9, 11)
+    parts = [similarity(one[i : i + 7, j : j + 7], other[i : i + 7, j : j + 7]) for i in range(3) for j in range(5)]
+    assert torch.allclose(similarity(one, other), torch.stack(parts).mean(), atol=1e-6)

@@ -1,5 +1,7 @@
 """Masks of the things in the picture: found or given, in every view, and what they do to what is trained on."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiny
@@ -8,11 +10,13 @@ from PIL import Image
 
 from attnctl.errors import ControlError
 from attnctl.pipelines import Personalizer
+from attnctl.pipelines.personalize import masks as masks_file
 from attnctl.pipelines.personalize.concepts import read_concepts
-from attnctl.pipelines.personalize.examples import subsets, views_of
+from attnctl.pipelines.personalize.examples import remasked, subsets, views_of
 from attnctl.pipelines.personalize.masks import MaskError, given_masks, masks_from
 from attnctl.pipelines.personalize.settings import settings_of
-from attnctl.pipelines.personalize.views import box_of, painted_out, views_around
+from attnctl.pipelines.personalize.views import View, box_of, painted_out, views_around
+from attnctl.processors.attencraft import divided
 
 FEW = {
     "steps": 3, "rows": 2, "regular_rows": 1, "regular": 2, "view_count": 3, "kv_rate": 0.05, "word_rate": 0.05,
@@ -229,3 +233,71 @@ def test_keeping_holds_other_words_and_the_padding():
         drift[weight] = sum(float((other @ (after[n] - p).T).square().mean()) for n, p in before.items())
         assert len(found.words) == 2
     assert drift[1e4] < drift[0.0] / 3
+
+
+# --- masks that are looked for again ----------------------------------------------------------------------------------
+
+
+def test_views_take_other_masks_and_stay_as_they_are():
+    chosen = settings_of("ours", view_count=12, refresh=5)
+    found = views(refresh=5)
+    masks = given_masks(scene()[1], CONCEPTS, 16)
+    again = remasked(found, masks, chosen)
+    assert torch.equal(again.masks, found.masks) and torch.equal(again.valid, found.valid)
+    other = remasked(found, masks.flip(0), chosen)
+    assert torch.equal(other.masks, found.masks.flip(1)) and other.latents is found.latents
+    assert not torch.equal(other.valid, found.valid) and views().places is None
+    view = View((-0.1, 0.2, 0.9, 1.2), (0.1, 0.2, 0.3, 0.4), True)
+    assert View.of(view.numbers) == view
+
+
+RENEW = {
+    "steps": 4, "rows": 1, "view_count": 2, "kv_rate": 1e-3, "bind": 0.0, "separate": 0.0, "keep": 0.0,
+    "counted": "union",
+}  # fmt: skip
+
+
+def cat_and_car(told=None, where=None, resume=False, **settings):
+    picture = Image.open(Path(__file__).parent / "glyph" / "data" / "cat-car.png")
+    return Personalizer(tiny.glyph(), "cat, car", **RENEW | settings).learn(
+        picture, told, folder=where, resume=resume, every=3
+    )
+
+
+def test_masks_are_renewed_while_it_trains_and_a_training_goes_on_to_the_same_weights(tmp_path):
+    told = []
+    whole = cat_and_car(told.append, refresh=2)
+    assert [one.renewed for one in told] == [(0, 0), (0, 0), (1, 1), (1, 1)]  # at the end there is no use for it
+    assert not torch.equal(whole.words["<v1>"][0], cat_and_car().words["<v1>"][0])
+
+    def stop(progress):
+        if progress.step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cat_and_car(stop, tmp_path, refresh=2)
+    again = cat_and_car(where=tmp_path, resume=True, refresh=2)
+    assert all(torch.equal(again.words[word][0], whole.words[word][0]) for word in whole.words)
+    assert all(torch.equal(again.lora[name][1], up) for name, (_, up) in whole.lora.items())
+
+
+@pytest.mark.parametrize("maps", [([0.9, 0, 0], [0, 0, 0.9], [0, 0.9, 0]), ([0.9, 0, 0], [0, 0, 0], [0, 0.9, 0.9])])
+def test_masks_that_moved_or_went_are_not_taken(monkeypatch, maps):
+    """A thing elsewhere than before, and one without a place."""
+    former = divided(relevant([0.9, 0, 0], [0, 0.9, 0], [0, 0, 0.9]))[:-1].float()
+    settings = settings_of("ours", refresh=1)
+    monkeypatch.setattr(masks_file, "look", lambda *asked: relevant([0.9, 0, 0], [0, 0.9, 0], [0, 0, 0.9]))
+    taken = masks_file.renewed(None, None, former, CONCEPTS, settings)
+    assert taken.shape == (2, 12, 12) and taken[0, :, :4].all() and not taken[1, :, 8:].any()
+    monkeypatch.setattr(masks_file, "look", lambda *asked: relevant(*maps))
+    assert masks_file.renewed(None, None, former, CONCEPTS, settings) is None
+
+
+def test_refreshing_what_is_not_there_is_told():
+    picture, masks = scene(32)
+    with pytest.raises(ControlError, match="yours stay as they are"):
+        Personalizer(tiny.sd1(), "cat, dog", **FEW, refresh=2).learn(picture, masks=masks)
+    with pytest.raises(ControlError, match="one concept has none"):
+        Personalizer(tiny.sd1(), "cat", **FEW, refresh=2).learn(picture)
+    with pytest.raises(ControlError, match="masks=none has none"):
+        settings_of("paper", refresh=20)

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from attnctl.app.command import UsageError, plain
+from attnctl.app.command import UsageError, check_writable, plain
 
-app = typer.Typer(no_args_is_help=True, help="Tell what `attnctl personalize` has learnt.", rich_markup_mode="markdown")
+app = typer.Typer(no_args_is_help=True, help="What `attnctl personalize` has learnt.", rich_markup_mode="markdown")
 
 
 @app.command("list", no_args_is_help=True)
@@ -52,3 +52,25 @@ def info(folder: Annotated[Path, typer.Argument(help="A folder of concepts.")]) 
         path = folder / name
         print(f"{name}  {path.stat().st_size / 1024:.0f} KiB" if path.is_file() else f"{name}  missing")
     print("settings: " + ", ".join(f"{name}={value}" for name, value in learnt.settings.items()))
+
+
+@app.command("fuse", no_args_is_help=True)
+def fuse_(
+    folder: Annotated[Path, typer.Argument(help="A folder of concepts.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder for the pipeline.", show_default=False)],
+) -> None:
+    """Write a whole pipeline that knows the concepts: the model that learnt them, with words and weights merged.
+
+    - attnctl concepts fuse mine --out mine/fused
+
+    Stock diffusers opens it with `DiffusionPipeline.from_pretrained`. It is as large as the model.
+    """
+    from attnctl import loading
+    from attnctl.concepts import base_of
+    from attnctl.fusing import check_new, fuse
+
+    if base_of(folder) is None:
+        raise UsageError(f"{folder} holds no concepts; attnctl personalize makes such a folder")
+    check_new(out)
+    check_writable(out)
+    print(plain(fuse(loading.load(folder), out)))

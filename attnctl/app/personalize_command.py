@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SAMPLES = 4  # pictures of each prompt on the sheet
 EVERY = 50  # steps between two checkpoints
-MASKS = "masks.png"
+MASKS, FUSED = "masks.png", "fused"
 LITTLE = 64  # side in pixels at which masks are checked before the model says which side it wants
 
 
@@ -52,6 +52,13 @@ def personalize(
             "any the model looks for them itself."
         ),
     ] = None,
+    fused: Annotated[
+        bool,
+        typer.Option(
+            "--fused",
+            help="Also write OUT/fused, a whole pipeline with words and weights merged, as large as the model.",
+        ),
+    ] = False,
     sample: Annotated[str | None, typer.Option(help="One more prompt to draw at the end.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a training that was interrupted.")] = False,
     preview: Annotated[int, typer.Option(help="Draw a sheet of samples every so many steps; 0: at the end only.")] = 0,
@@ -66,6 +73,7 @@ def personalize(
 
     Writes a LoRA and an embedding for each word, which stock diffusers loads, and a sheet of samples. Draw more with
     `attnctl generate 'a <v1> cat' --model mine`. A training that was stopped, in whatever way, goes on with --resume.
+    For programs that take whole models only, --fused writes one (later: `attnctl concepts fuse mine --out DIR`).
 
     The places of the things are looked for first; OUT/masks.png shows what was found. The sheet is drawn last, and with
     `--preset paper` pictures of the class nouns are drawn first, so even few steps take a while.
@@ -74,6 +82,7 @@ def personalize(
     from attnctl.app.asked import open_model
     from attnctl.app.bars import bars, paused
     from attnctl.app.recipe import open_picture
+    from attnctl.fusing import check_new, fuse
     from attnctl.pipelines.personalize.concepts import read_concepts
     from attnctl.pipelines.personalize.settings import settings_of
 
@@ -87,6 +96,8 @@ def personalize(
     source = open_picture(picture)
     masks = masks_in(mask or [])
     check_writable(out)
+    if fused:
+        check_new(out / FUSED)
     if resume and not (out / "training").is_dir():
         tell(f"nothing to resume in {plain(out)}: a new training begins")
 
@@ -124,6 +135,10 @@ def personalize(
         path = samples.save(folder / "sample.png")
         with paused(bar):
             print(shown.summary(), *(plain(folder / name) for name in learnt.files), plain(path), sep="\n", flush=True)
+        if fused:
+            whole = fuse(pipe, folder / FUSED)
+            with paused(bar):
+                print(plain(whole), flush=True)
 
 
 def _keep(picture: Image.Image, out: Path) -> Path:
@@ -207,7 +222,9 @@ class Shown:
         if self.latest is None:
             return "nothing was left to train"
         told = ", ".join(f"{name} {value:.3f}" for name, value in self.latest.losses.items())
-        return f"{self.latest.step} steps; in the last one: {told}"
+        kept, tried = self.latest.renewed
+        masks = f"; masks renewed {kept} of {tried} times" if tried else ""
+        return f"{self.latest.step} steps; in the last one: {told}{masks}"
 
     def warnings(self, learnt: Learnt) -> list[str]:
         """What went wrong in the maps, one line each."""

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnctl.concepts import ADAPTER
 from attnctl.errors import ControlError
-
-NAME = "attnctl_learning"
 
 
 def add_adapters(unet: Any, ends: tuple[str, ...], rank: int, seed: int) -> dict[str, nn.Parameter]:
@@ -25,15 +24,15 @@ def add_adapters(unet: Any, ends: tuple[str, ...], rank: int, seed: int) -> dict
     targets = [name for name, _ in unet.named_modules() if name.endswith(ends)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # peft draws the first matrix from torch's own dice
-        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), adapter_name=NAME)
-    return {name: p for name, p in unet.named_parameters() if f".{NAME}." in name}
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), adapter_name=ADAPTER)
+    return {name: p for name, p in unet.named_parameters() if f".{ADAPTER}." in name}
 
 
 def adapters_of(unet: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """module -> (down, up) of the adapters."""
     found: dict[str, Any] = {}
     for name, module in unet.named_modules():
-        if NAME in getattr(module, "lora_A", {}):
-            pair = module.lora_A[NAME].weight, module.lora_B[NAME].weight
+        if ADAPTER in getattr(module, "lora_A", {}):
+            pair = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
             found[name] = tuple(one.detach().float().cpu().clone() for one in pair)
     return found

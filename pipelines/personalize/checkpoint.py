@@ -22,7 +22,7 @@ from attnctl.pipelines.personalize.settings import Settings
 
 FOLDER, PREPARED, STATE = "training", "prepared.safetensors", "state.pt"
 NAMES = ("views", "regular")
-PARTS = ("latents", "valid", "subset", "masks")  # tensors of `Examples`
+PARTS = ("latents", "valid", "subset", "masks", "places")  # tensors of `Examples`
 
 
 def about(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -36,6 +36,7 @@ class Examples:
         captions: one each.
         subset: (examples,), which subset of the concepts the caption names, by number; 0 is all of them.
         masks: (examples, concepts, height, width), 0 to 1, where each thing is in the view; None: nobody knows.
+        places: (examples, 9), see `View.numbers`, where masks may be renewed.
     """
 
     latents: Tensor
@@ -43,6 +44,7 @@ class Examples:
     captions: list[str]
     subset: Tensor
     masks: Tensor | None = None
+    places: Tensor | None = None
 
     @property
     def subsets(self) -> int:
@@ -64,7 +66,8 @@ def encoded(pipe: Any, pictures: Sequence[Image.Image], tell: Callable[[int], No
         tell(at)
         some = pixels(list(pictures[at : at + 8])).to(vae.device, vae.dtype)
         latents.append(vae.encode(some).latent_dist.mode().float().cpu())
-    return torch.cat(latents) * float(vae.config.scaling_factor)
+    found = torch.cat(latents) * float(vae.config.scaling_factor)
+    return found.contiguous()  # as a file gives them back: convolutions of other strides differ in the last bit
 
 
 def views_of(
@@ -84,7 +87,7 @@ def views_of(
     side, count = source.width, settings.view_count
     asked: list[Subset] = subsets(len(concepts)) if masks is not None and settings.subsets != "all" else [()]
     layers = [] if masks is None else [Image.fromarray((one.numpy() * 255).astype(np.uint8)) for one in masks]
-    pictures, valid, captions, seen, numbers = [], [], list[str](), [], []
+    pictures, captions, numbers, shown = [], list[str](), [], list[View]()
     cells = side // int(pipe.vae_scale_factor)
     for number, subset in enumerate(asked):
         chosen = subset or tuple(range(len(concepts)))
@@ -98,20 +101,45 @@ def views_of(
         spoken = caption([concepts[k].phrase for k in chosen], settings)
         for view in views:
             pictures.append(view.picture(base, side))
-            own = torch.stack([_on_cells(view.mask(one, side), cells) for one in layers]) if layers else None
-            valid.append(_counted(view.valid(cells), own, chosen, settings))
             captions.append(view.prefix + spoken)
-            seen += [own] if own is not None else []
         numbers += [number] * len(views)
+        shown += views
     latents = encoded(pipe, pictures, lambda at: tell("views of the picture", at, len(pictures)))
-    return Examples(
-        latents, torch.stack(valid), captions, torch.tensor(numbers), torch.stack(seen) if masks is not None else None
-    )
+    which, places = torch.tensor(numbers), torch.tensor([one.numbers for one in shown], dtype=torch.float64)
+    if masks is None:
+        return Examples(latents, torch.stack([view.valid(cells) for view in shown]), captions, which)
+    bare = Examples(latents, torch.empty(0), captions, which, places=places if settings.refresh else None)
+    return _masked(bare, shown, layers, settings)
 
 
-def _counted(valid: Tensor, masks: Tensor | None, chosen: Subset, settings: Settings) -> Tensor:
+def remasked(views: Examples, masks: Tensor, settings: Settings) -> Examples:
+    """The same views with other masks: what each view shows stays, also where things were painted out.
+
+    Args:
+        views: with `places`.
+        masks: (concepts, height, width) bool, of the square picture.
+        settings: those of the training.
+    """
+    assert views.places is not None
+    layers = [Image.fromarray((one.numpy() * 255).astype(np.uint8)) for one in masks]
+    return _masked(views, [View.of(one) for one in views.places.tolist()], layers, settings)
+
+
+def _masked(views: Examples, shown: Sequence[View], layers: list[Image.Image], settings: Settings) -> Examples:
+    """The views with masks, and with what counts of their loss by them."""
+    cells, side = views.latents.shape[-1], layers[0].width
+    asked: list[Subset] = subsets(len(layers)) if settings.subsets != "all" else [tuple(range(len(layers)))]
+    seen = [torch.stack([_on_cells(view.mask(one, side), cells) for one in layers]) for view in shown]
+    valid = [
+        _counted(view.valid(cells), own, asked[number], settings)
+        for view, own, number in zip(shown, seen, views.subset.tolist(), strict=True)
+    ]
+    return replace(views, valid=torch.stack(valid), masks=torch.stack(seen))
+
+
+def _counted(valid: Tensor, masks: Tensor, chosen: Subset, settings: Settings) -> Tensor:
     """How much each cell's denoising loss counts: where the view shows the picture, and what the caption names."""
-    if masks is None or settings.counted == "view":
+    if settings.counted == "view":
         return valid
     if settings.counted == "union":
         return valid * masks[list(chosen)].amax(0)
@@ -171,7 +199,7 @@ def regular_of(pipe: Any, concepts: Sequence[Concept], settings: Settings, tell:
         some = captions[at : at + 4]
         seeds = [torch.Generator().manual_seed(1000 * settings.seed + at + k) for k in range(len(some))]
         latents.append(_draw(pipe, some, seeds).float().cpu())
-    found = torch.cat(latents)
+    found = torch.cat(latents).contiguous()
     return Examples(found, torch.ones(count, *found.shape[-2:]), captions, torch.zeros(count, dtype=torch.long))
 
 

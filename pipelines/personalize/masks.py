@@ -21,7 +21,8 @@ from attnctl.maps.live import LiveMaps
 from attnctl.maps.pictures import heat, overlay
 from attnctl.maps.self_maps import SelfMaps
 from attnctl.pipelines.personalize.denoising import Denoising
-from attnctl.processors.attencraft import POWER, divided, fitted, relevance
+from attnctl.pipelines.personalize.settings import Settings
+from attnctl.processors.attencraft import ALIKE, POWER, divided, fitted, relevance, similarity
 from attnctl.processors.calibration import min_max
 from attnctl.sheets import grid as sheet
 
@@ -29,6 +30,7 @@ Recipe = Literal["ours", "paper"]
 NOISE = (0.05, 0.12, 0.19, 0.26)  # parts of the schedule; AttenCraft looks at one below 0.3
 CROSS, OWN = 16, 32  # cells along one side where AttenCraft reads cross- and self-attention
 OUR_POWER = 2
+SMOOTHER = 4  # cells of a renewed mask for each one that attention gave, along a side
 LEAST = 0.01  # of the picture: a smaller mask is chance
 
 
@@ -70,7 +72,7 @@ def look(denoising: Denoising, latents: Tensor, nouns: Sequence[str], recipe: Re
     Args:
         denoising: of the pipeline as it is.
         latents: (1, channels, height, width), the picture.
-        nouns: of the things.
+        nouns: of the things, or phrases with the new words.
         recipe: which.
         seed: of the noise.
     """
@@ -119,8 +121,35 @@ def masks_from(relevant: Tensor, concepts: Sequence[Concept], picture: Image.Ima
         if ahead == k:
             raise MaskError(f"hardly any place of the picture is that of {one.noun!r} alone; {hint}", shown)
         raise MaskError(f"{one.noun!r} and {names[ahead]} look at the same place of the picture; {hint}", shown)
-    large = F.interpolate(masks[None, :-1].float(), picture.size[::-1], mode="bilinear", align_corners=False)[0]
-    return Found(large > 0.5, relevant, shown)
+    return Found(enlarged(masks[:-1], picture.size[::-1]), relevant, shown)
+
+
+def enlarged(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """(concepts, *size) bool: masks with smooth edges on a finer grid."""
+    return F.interpolate(masks[None].float(), size, mode="bilinear", align_corners=False)[0] > 0.5
+
+
+def renewed(
+    denoising: Denoising, latents: Tensor, former: Tensor, concepts: Sequence[Concept], settings: Settings
+) -> Tensor | None:
+    """(concepts, height, width) bool: what the model finds by now, by new words with their nouns (AttenCraft).
+
+    None if they are not to be had: each must still have a place of its own, and be as the former (SSIM of 0.8).
+
+    Args:
+        denoising: of a model that knows the new words.
+        latents: (1, channels, height, width), the picture.
+        former: (concepts, height, width), 0 to 1, on any grid.
+        concepts: in the order of the masks.
+        settings: those of the training.
+    """
+    recipe: Recipe = "paper" if settings.masks == "paper" else "ours"
+    masks = divided(look(denoising, latents, [one.phrase for one in concepts], recipe, settings.seed))[:-1]
+    size = (masks.shape[-2], masks.shape[-1])
+    alike = similarity(masks.float(), F.adaptive_avg_pool2d(former[None], size)[0].round())
+    if masks.float().mean((1, 2)).min() < LEAST or alike.min() < ALIKE:
+        return None
+    return enlarged(masks, (SMOOTHER * size[0], SMOOTHER * size[1]))
 
 
 def drawn(relevant: Tensor, masks: Tensor, concepts: Sequence[Concept], picture: Image.Image) -> Image.Image:

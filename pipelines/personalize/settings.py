@@ -64,6 +64,8 @@ class Settings:
         zoom: a view of some of the things shows them large, with the others painted out. False: it is as any other.
         counted: where the denoising loss is taken: the whole "view", the "union" of the things that the caption names
             (AttenCraft), or the "rest" when the other things are taken away. Always the mean over what counts.
+        refresh: after every so many steps masks are looked for again, with the weights as they are by then; they are
+            taken if each is like the former (`masks.renewed`, AttenCraft). 0: never. Masks of the caller's stay.
         guide: weight of the guidance of the new words' maps to the masks.
         guidance: "jsd" (AttenCraft) or "mse", see `attnctl.processors.attencraft.guidance`.
         lead, article: captions are lead + article + "<v1> cat" + " and " + article + "<v2> car".
@@ -101,6 +103,7 @@ class Settings:
     subsets: Literal["all", "uniform", "loss"] = "uniform"
     zoom: bool = True
     counted: Literal["view", "union", "rest"] = "rest"
+    refresh: int = 0
     guide: float = 0.0
     guidance: Literal["jsd", "mse"] = "jsd"
     lead: str = ""
@@ -110,7 +113,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("steps", "rows", "view_count"):
             self._whole(name, 1)
-        for name in ("regular_rows", "regular", "seed"):
+        for name in ("regular_rows", "regular", "refresh", "seed"):
             self._whole(name, 0)
         for name in ("rank", "factor"):
             if getattr(self, name) is not None:
@@ -124,6 +127,8 @@ class Settings:
                 raise ControlError(f"{name} is one of {', '.join(choices)}; not {getattr(self, name)!r}")
         if self.regular_rows and not self.regular:
             raise ControlError("regular_rows needs regular pictures; set regular as well, or regular_rows to 0")
+        if self.refresh and self.masks == "none":
+            raise ControlError("refresh renews masks, and masks=none has none; set masks as well, or refresh to 0")
         for name in ("zoom", "ease"):
             if not isinstance(getattr(self, name), bool):
                 raise ControlError(f"{name} is True or False, not {getattr(self, name)!r}")

@@ -19,8 +19,9 @@ from attnctl.errors import ControlError
 from attnctl.maps.live import Live, LiveMaps
 from attnctl.pipelines.personalize.concepts import Encoders
 from attnctl.pipelines.personalize.denoising import Denoising
-from attnctl.pipelines.personalize.examples import Examples
+from attnctl.pipelines.personalize.examples import Examples, remasked
 from attnctl.pipelines.personalize.keeping import covariance, kept
+from attnctl.pipelines.personalize.masks import renewed
 from attnctl.pipelines.personalize.settings import Settings
 from attnctl.processors.attencraft import guidance
 from attnctl.processors.calibration import Calibrated
@@ -39,12 +40,14 @@ class Progress:
         losses: "denoise", "binding" (mean over concepts), "apart" (mean over pairs) and "guide" (mean over words and
             rows), unweighted; those on maps where they have a weight.
         coverage: of each noun's map, see `Calibrated`; as the losses.
+        renewed: how often masks were renewed, and how often they were looked for again.
     """
 
     step: int
     steps: int
     losses: dict[str, float]
     coverage: tuple[float, ...]
+    renewed: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class Trainer:
     Attributes:
         step: steps done.
         tuned: name -> parameter of the keys and values that are trained.
+        masks: (concepts, height, width) bool, of the square picture, once they were renewed.
     """
 
     def __init__(
@@ -115,6 +119,8 @@ class Trainer:
         self.spread: Tensor | None = None
         self.model, self.step = denoising.model, 0
         self.running: dict[int, float] = {}  # subset of the concepts, by number -> mean loss of late
+        self.masks: Tensor | None = None
+        self.renewed = (0, 0)
         self.tuned = _tuned(denoising, settings)
         self.optimizer = torch.optim.AdamW(
             [
@@ -131,6 +137,31 @@ class Trainer:
         watch: Callable[[Progress], None] | None = None,
     ) -> None:
         """The steps from where it stands to this one; then the pipeline knows the words as they are by now."""
+        if self.masks is not None:
+            views = remasked(views, self.masks, self.settings)
+        refresh = self.settings.refresh
+        while self.step < until:
+            self._steps(
+                views, regular, min(until, self.step + refresh - self.step % refresh) if refresh else until, watch
+            )
+            for encoder in self.encoders.all:
+                encoder.write()
+            if refresh and self.step % refresh == 0 and self.step < self.settings.steps:
+                views = self._renewed(views)
+
+    def _renewed(self, views: Examples) -> Examples:
+        """The views with masks that the model finds by now, if they will do."""
+        assert views.masks is not None
+        masks = renewed(self.denoising, views.latents[:1], views.masks[0], self.concepts, self.settings)
+        self.renewed = self.renewed[0] + (masks is not None), self.renewed[1] + 1
+        if masks is None:
+            return views
+        self.masks = masks
+        return remasked(views, masks, self.settings)
+
+    def _steps(
+        self, views: Examples, regular: Examples | None, until: int, watch: Callable[[Progress], None] | None
+    ) -> None:
         settings = self.settings
         words, nouns = ([getattr(one, name) for one in self.concepts] for name in ("word", "noun"))
         where = calibrated_sites(self.denoising, views.latents.shape[-1], settings.factor)
@@ -168,9 +199,7 @@ class Trainer:
                 self.step += 1
                 self._remember(rows.subset, errors.detach(), views.subsets)
                 if watch is not None:
-                    watch(Progress(self.step, settings.steps, losses, tuple(coverage)))
-        for encoder in self.encoders.all:
-            encoder.write()
+                    watch(Progress(self.step, settings.steps, losses, tuple(coverage), self.renewed))
 
     def _ease(self) -> None:
         """Set the rates of this step."""
@@ -251,6 +280,8 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "dice": self.dice.get_state(),
             "running": self.running,
+            "masks": self.masks,
+            "renewed": self.renewed,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -263,6 +294,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.dice.set_state(state["dice"])
         self.step, self.running = state["step"], state["running"]
+        self.masks, self.renewed = state["masks"], state["renewed"]
 
     @torch.no_grad()
     def look(self, views: Examples) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,17 @@ class View:
     place: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
     mirrored: bool = False
     prefix: str = ""
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """Where it takes its picture from and puts it, and 1 if it is mirrored: nine."""
+        return (*self.box, *self.place, float(self.mirrored))
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> View:
+        """From `numbers`."""
+        a, b, c, d, left, top, right, bottom, mirrored = numbers
+        return cls((a, b, c, d), (left, top, right, bottom), bool(mirrored))
 
     def picture(self, source: Image.Image, side: int) -> Image.Image:
         """The view of a square picture, (side, side)."""
