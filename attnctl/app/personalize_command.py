@@ -71,9 +71,10 @@ def personalize(
     - `attnctl personalize mine.png --concepts '<rex>=dog, <kit>=cat' --model ./my-sd15 --set steps=300`
     - attnctl personalize mine.png --concepts 'cat, car' --mask cat=cat.png --mask car=car.png
 
-    Writes a LoRA and an embedding for each word, which stock diffusers loads, and a sheet of samples. Draw more with
-    `attnctl generate 'a <v1> cat' --model mine`. A training that was stopped, in whatever way, goes on with --resume.
-    For programs that take whole models only, --fused writes one (later: `attnctl concepts fuse mine --out DIR`).
+    SD 1, SD 2, SDXL, SD 3 and FLUX.1 learn. Writes a LoRA and an embedding for each word, which stock diffusers and
+    ComfyUI load, and a sheet of samples. Draw more with `attnctl generate 'a <v1> cat' --model mine`. A training that
+    was stopped, in whatever way, goes on with --resume. For programs that take whole models only, --fused writes one
+    (later: `attnctl concepts fuse mine --out DIR`).
 
     The places of the things are looked for first; OUT/masks.png shows what was found. The sheet is drawn last, and with
     `--preset paper` pictures of the class nouns are drawn first, so even few steps take a while.

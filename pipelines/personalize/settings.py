@@ -21,6 +21,7 @@ CHOICES = {
     "subsets": ("all", "uniform", "loss"),
     "counted": ("view", "union", "rest"),
     "guidance": ("jsd", "mse"),
+    "levels": ("uniform", "logit-normal"),
 }
 THINGS = (
     "red clock", "blue chair", "balloon", "green suitcase", "dog", "yellow backpack", "crown", "purple bench", "horse",
@@ -51,6 +52,9 @@ class Settings:
         factor: latent cells per cell of the maps that are calibrated; None is what comes nearest to 16 x 16.
         snr: min-SNR weight of the denoising loss (5 is usual); None is none. For models that predict velocity the
             weight all but silences the noisiest steps, in which colours and shapes are chosen.
+        levels: how often each noise level is met: all as often ("uniform"), or those in the middle more often
+            ("logit-normal", as SD 3 was trained: Esser et al., ICML 2024, arXiv 2403.03206). Flow-matching models are
+            then shifted towards noise as their scheduler says.
         views: "ours" enlarges, shrinks, moves and mirrors the picture, its rim repeated outwards; "paper" is what
             Custom Diffusion does, with grey around small pictures and words about the size; "none" leaves it.
         view_count: how many views are made, of each subset of the things.
@@ -96,6 +100,7 @@ class Settings:
     pairs: Literal["mean", "sum"] = "mean"
     factor: int | None = None
     snr: float | None = None
+    levels: Literal["uniform", "logit-normal"] = "uniform"
     views: Views = "ours"
     view_count: int = 24
     others: tuple[str, ...] = THINGS

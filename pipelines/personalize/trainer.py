@@ -20,7 +20,7 @@ from attnctl.maps.live import Live, LiveMaps
 from attnctl.pipelines.personalize.concepts import Encoders
 from attnctl.pipelines.personalize.denoising import Denoising
 from attnctl.pipelines.personalize.examples import Examples, remasked
-from attnctl.pipelines.personalize.keeping import covariance, kept
+from attnctl.pipelines.personalize.keeping import kept, spreads
 from attnctl.pipelines.personalize.masks import renewed
 from attnctl.pipelines.personalize.settings import Settings
 from attnctl.processors.attencraft import guidance
@@ -75,10 +75,12 @@ class StartApart(Control):
     lane = Lane.QKV
 
     def sites(self, available: tuple[Site, ...]) -> tuple[Site, ...]:
-        return tuple(site for site in available if site.kind == "cross")
+        return tuple(site for site in available if site.kind in ("cross", "joint"))
 
     def attend(self, call: AttentionCall, proceed: Proceed) -> Tensor:
-        k, v = (torch.cat([x[:, :, :1].detach(), x[:, :, 1:]], 2) for x in (call.k, call.v))
+        at = call.text.start
+        parts = ((x[:, :, :at], x[:, :, at : at + 1].detach(), x[:, :, at + 1 :]) for x in (call.k, call.v))
+        k, v = (torch.cat(part, 2) for part in parts)
         return proceed(call.replace(k=k, v=v))
 
 
@@ -116,7 +118,7 @@ class Trainer:
         self.denoising, self.concepts, self.encoders = denoising, concepts, encoders
         self.settings, self.dice = settings, dice
         self.before = {name: p.detach().clone() for name, p in denoising.keys_and_values.items()}
-        self.spread: Tensor | None = None
+        self.spread: dict[str, Tensor] | None = None
         self.model, self.step = denoising.model, 0
         self.running: dict[int, float] = {}  # subset of the concepts, by number -> mean loss of late
         self.masks: Tensor | None = None
@@ -167,13 +169,12 @@ class Trainer:
         where = calibrated_sites(self.denoising, views.latents.shape[-1], settings.factor)
         live = LiveMaps(*words, *nouns, where=list(where), absent=True)
         guided = settings.guide > 0 and views.masks is not None
-        controls = [StartApart(), live] if settings.calibration.acts or guided else [StartApart()]
-        if settings.keep > 0 and self.spread is None:
-            self.spread = self._spread(regular, self.denoising.picture_size(views.latents))
+        controls: list[Control] = [StartApart()] if self.denoising.starts else []
+        controls += [live] if settings.calibration.acts or guided else []
         with self.ready(), attach(self.denoising.pipe, *controls) as attached:
             while self.step < until:
                 rows = self._rows(views, regular)
-                with attached.batch(rows.captions) as batch:
+                with attached.batch(rows.captions, max_sequence_length=self.denoising.rows) as batch:
                     errors = self.errors(rows.latents, rows.valid, rows.captions, rows.times)  # (rows,)
                 weight = torch.ones_like(errors)
                 weight[settings.rows :] = settings.regular_weight
@@ -218,11 +219,13 @@ class Trainer:
             parts[module][rest[0]] = weight
         return {f"{module}.weight": pair["B"] @ pair["A"] for module, pair in parts.items()}
 
-    def _spread(self, regular: Examples | None, size: tuple[int, int]) -> Tensor:
-        """See `covariance`; of the captions of regular pictures and of the things beside the nouns."""
-        nouns = [one.noun for one in self.concepts]
-        captions = [*(regular.captions if regular else ()), *(f"a {one}" for one in (*nouns, *self.settings.others))]
-        return covariance(self.denoising, captions, size)
+    def prepare(self, views: Examples, regular: Examples | None) -> None:
+        """What must be known of the model as it is before training, and before `restore`: what is to be kept."""
+        if self.settings.keep > 0:
+            nouns = [one.noun for one in self.concepts]
+            things = [f"a {one}" for one in (*nouns, *self.settings.others)]
+            captions = [*(regular.captions if regular else ()), *things]
+            self.spread = spreads(self.denoising, captions, views.latents, self.settings.seed)
 
     def _rows(self, views: Examples, regular: Examples | None) -> Rows:
         """What one step trains on; views come first."""
@@ -306,7 +309,10 @@ class Trainer:
         times = self.denoising.times(torch.arange(1, 7) / 10)
         latents, captions = views.latents[:1].repeat(6, 1, 1, 1), [views.captions[0]] * 6
         dice = torch.Generator().manual_seed(self.settings.seed)
-        with attach(self.denoising.pipe, live) as attached, attached.batch(captions) as batch:
+        with (
+            attach(self.denoising.pipe, live) as attached,
+            attached.batch(captions, max_sequence_length=self.denoising.rows) as batch,
+        ):
             self.predict(latents, captions, times, dice)
         return batch.state(live).maps().mean(0).cpu()
 
@@ -333,7 +339,7 @@ class Trainer:
         modes = [model.training for model in models]
         with ExitStack() as stack:
             for model in models:
-                model.requires_grad_(False).train()  # gradient checkpointing acts in training alone
+                model.requires_grad_(False).train(model is self.model)  # where checkpointing acts; T5 would drop out
             for parameter in self.tuned.values():
                 parameter.requires_grad_(True)
             stack.enter_context(self.encoders.trained())
@@ -346,9 +352,12 @@ class Trainer:
                     parameter.requires_grad_(True)
 
     def _times(self, counts: Sequence[int]) -> Tensor:
-        """Timesteps, uniform over the schedule, and spread over it within the rows of one kind."""
+        """Where the rows are, as `Settings.levels` says, and spread over the schedule within the rows of one kind."""
         shares = [(torch.arange(count) + torch.rand(count, generator=self.dice)) / count for count in counts]
-        return self.denoising.times(torch.cat(shares))
+        every = torch.cat(shares)
+        if self.settings.levels == "logit-normal":
+            every = torch.special.ndtri(every.clamp(1e-4, 1 - 1e-4)).sigmoid()
+        return self.denoising.times(every)
 
 
 def _tuned(denoising: Denoising, settings: Settings) -> dict[str, nn.Parameter]:
