@@ -27,9 +27,9 @@ from attnctl.errors import AttnctlWarning, ControlError
 from attnctl.pipelines.personalize.accelerated import check_precision
 from attnctl.pipelines.personalize.checkpoint import Checkpoints, about
 from attnctl.pipelines.personalize.concepts import Encoders, read_concepts
-from attnctl.pipelines.personalize.denoising import denoising_of
 from attnctl.pipelines.personalize.examples import Examples, Stage, encoded, regular_of, views_of
 from attnctl.pipelines.personalize.files import learnt_of
+from attnctl.pipelines.personalize.kinds import denoising_of
 from attnctl.pipelines.personalize.masks import Found, given_masks, look, masks_from
 from attnctl.pipelines.personalize.settings import Settings, settings_of
 from attnctl.pipelines.personalize.trainer import Progress, Trainer

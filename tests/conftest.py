@@ -1,5 +1,6 @@
 """What every test starts with and leaves as it was."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -11,6 +12,12 @@ import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays until the end: the garbage collector need not look through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

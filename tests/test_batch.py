@@ -1,11 +1,7 @@
 """Batches: the folder that goes on where it was."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +11,6 @@ from PIL import Image
 from attnctl.app import recipe
 from attnctl.app.batch import jobs, running, worker
 
-ROOT = Path(__file__).parent.parent
 PROMPT = "a cat and a dog"
 
 
@@ -204,29 +199,3 @@ def test_a_full_disk_stops_in_one_line(some, command, tmp_path, monkeypatch):
     code, _, err = command("batch", some(), "--out", tmp_path / "out")
     assert code == 2 and len(err) == 1 and "No space left on device; the same command goes on" in err[0]
     assert not list((tmp_path / "out").glob("*.p*"))
-
-
-@pytest.mark.slow
-def test_a_killed_batch_leaves_whole_files_and_goes_on(write, tmp_path):
-    file = write("a.yaml", "{prompt: a cat and a dog, steps: 2, product: {seed: [1, 2, 3, 4, 5, 6]}}")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-    def start(out):
-        words = [sys.executable, "-m", "attnctl", "batch", str(file), "--out", str(out)]
-        return subprocess.Popen(words, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-    out = tmp_path / "killed"
-    process = start(out)
-    until = time.monotonic() + 120
-    while time.monotonic() < until and len(list(out.glob("*-????????????.png"))) < 2:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    drawn = pictures(out)  # reads each: a broken one would raise
-    assert 2 <= len(drawn) < 6
-    for folder in (out, tmp_path / "whole"):
-        process = start(folder)
-        said, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-    assert len(pictures(out)) == 6 and pictures(out) == pictures(tmp_path / "whole")
-    assert drawn.items() <= pictures(out).items() and not list(out.glob("*.part"))

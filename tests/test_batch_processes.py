@@ -60,11 +60,15 @@ def test_a_worker_tells_of_what_it_is_sent(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_draw_what_one_draws(tiny, tmp_path):
+def test_two_processes_draw_what_one_draws_and_tell_of_a_failure(tiny, tmp_path):
     one = list(running.run(rows_of(tiny, 5), tmp_path / "one", group=2))
-    two = list(running.run(rows_of(tiny, 5), tmp_path / "two", group=2, device="cpu, cpu", scores=["judge"]))
+    rows = [*rows_of(tiny, 5), {"prompt": PROMPT, "steps": 1, "model": tiny, "controls": "excitation(lion)"}]
+    *two, wrong = sorted(
+        running.run(rows, tmp_path / "two", group=2, device="cpu, cpu", scores=["judge"]), key=lambda told: told.place
+    )
     assert len(two) == 10 and all(result.drawn for result in two)
     assert {result.key for result in two} == {result.key for result in one}
+    assert "'lion' is not in the prompt" in wrong.error and list(folder.failures(tmp_path / "two")) == [wrong.key]
     assert pictures(tmp_path / "one") == pictures(tmp_path / "two")
     assert len((tmp_path / "two" / "scores.jsonl").read_text().splitlines()) == 10
     again = list(running.run(rows_of(tiny, 5), tmp_path / "two", group=2, device="cpu,cpu"))
@@ -75,15 +79,6 @@ def test_two_processes_draw_what_one_draws(tiny, tmp_path):
 def test_a_device_that_is_none_is_one_line(tiny, tmp_path):
     with pytest.raises(UsageError, match="device 'cuda:9[78]' cannot be used here"):
         list(running.run(rows_of(tiny, 1), tmp_path, device="cuda:97,cuda:98"))
-
-
-@pytest.mark.slow
-def test_a_failure_in_a_process_is_told(tiny, tmp_path):
-    rows = [{"prompt": PROMPT, "steps": 1, "model": tiny, "controls": c} for c in ("none", "excitation(lion)")]
-    fine, wrong = sorted(running.run(rows, tmp_path, device="cpu,cpu"), key=lambda result: result.place)
-    assert (
-        fine.drawn and "'lion' is not in the prompt" in wrong.error and list(folder.failures(tmp_path)) == [wrong.key]
-    )
 
 
 KILLER = """

@@ -13,9 +13,9 @@ from attnctl.concepts import read_learnt
 from attnctl.errors import ControlError, PhraseError, UnsupportedPipelineError
 from attnctl.maps.self_maps import SelfMaps
 from attnctl.pipelines import Personalizer
-from attnctl.pipelines.personalize.denoising import denoising_of
 from attnctl.pipelines.personalize.keeping import LEVELS, gathered
-from attnctl.pipelines.personalize.masks import MaskError
+from attnctl.pipelines.personalize.kinds import denoising_of
+from attnctl.pipelines.personalize.masks import look
 from attnctl.pipelines.personalize.trainer import StartApart
 
 pytestmark = pytest.mark.filterwarnings("ignore::attnctl.errors.AttnctlWarning")  # random weights see no cat anywhere
@@ -25,6 +25,7 @@ FEW = {
     "masks": "none", "others": (),
 }  # fmt: skip
 PROMPT = "a <v1> cat and a <v2> dog"
+RECIPES = ("ours", "paper")
 ENDS = ("attn.add_k_proj.weight", "attn.add_v_proj.weight")
 
 
@@ -258,6 +259,9 @@ def test_self_maps_of_joint_attention_are_those_of_the_picture_alone(name):
     class Probe(Control):
         lane = Lane.MAPS
 
+        def sites(self, available):
+            return available
+
         def attend(self, call, proceed):
             seen.append(call)
             return proceed(call)
@@ -278,8 +282,11 @@ def test_self_maps_of_joint_attention_are_those_of_the_picture_alone(name):
 
 
 def test_masks_are_looked_for_in_joint_attention(picture):
-    with pytest.raises(MaskError, match="give masks of your own"):
-        Personalizer(sd3(), "cat, dog", **FEW | {"masks": "ours"}).learn(picture)
+    found = {recipe: look(denoising_of(sd3()), torch.randn(1, 4, 8, 8), ["cat", "dog"], recipe) for recipe in RECIPES}
+    for relevant in found.values():
+        assert relevant.shape == (3, 4, 4), relevant.shape
+        assert relevant.amin((1, 2)).abs().max() < 1e-5 and (relevant.amax((1, 2)) - 1).abs().max() < 1e-3
+    assert not found["ours"].allclose(found["paper"])
     with pytest.raises(PhraseError, match="has no start token"):  # FLUX has no CLIP in its blocks
         Personalizer(flux(), "cat, dog", **FEW | {"masks": "paper"}).learn(picture)
 

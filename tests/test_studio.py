@@ -289,7 +289,7 @@ def test_twenty_visitors_at_once_each_get_their_own_picture(client, studio):
         Asked(
             "a cat and a dog" if number % 2 else "a red car and a lion",
             ("segregation(cat, dog)" if number % 2 else "binding(red car)") if number % 3 else "",
-            seed=number, steps=4, maps=False,
+            seed=number, steps=2, maps=False,
         )
         for number in range(20)
     ]  # fmt: skip

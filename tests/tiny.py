@@ -1,19 +1,18 @@
 """Tiny pipelines with random weights, one per family, built in code: no downloads, milliseconds to run.
 
 Sizes are chosen so that mistakes show: grids differ between sites, text length differs from image length, and
-pictures are not square unless asked.
+pictures are not square unless asked. Each call gives a copy of its own.
 """
 
 from __future__ import annotations
 
 import string
 import warnings
-from copy import deepcopy
-from functools import cache
 from typing import Any
 
 import diffusers
 import torch
+from copies import copied
 from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
@@ -111,19 +110,23 @@ def _sd_parts(**changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def sd1() -> Any:
-    return quiet(diffusers.StableDiffusionPipeline(**_sd_parts()))
+@copied
+def sd1(**changes: Any) -> Any:
+    return quiet(diffusers.StableDiffusionPipeline(**_sd_parts(**changes)))
 
 
+@copied
 def img2img() -> Any:
     return quiet(diffusers.StableDiffusionImg2ImgPipeline(**_sd_parts()))
 
 
+@copied
 def inpaint() -> Any:
     """A nine-channel UNet: latents, mask, masked picture."""
     return quiet(diffusers.StableDiffusionInpaintPipeline(**_sd_parts(in_channels=9)))
 
 
+@copied
 def controlnet() -> Any:
     parts = _sd_parts()
     net = diffusers.ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(4, 8)).eval()
@@ -132,17 +135,18 @@ def controlnet() -> Any:
     return quiet(diffusers.StableDiffusionControlNetPipeline(controlnet=net, **parts))
 
 
-def sdxl() -> Any:
+@copied
+def sdxl(**changes: Any) -> Any:
     torch.manual_seed(0)
     tokenizer = clip_tokenizer()
-    model = unet(
-        cross_attention_dim=64, attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2),
-        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 32,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "cross_attention_dim": 64, "attention_head_dim": (2, 4), "transformer_layers_per_block": (1, 2),
+        "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 32,
+    }  # fmt: skip
     return quiet(
         diffusers.StableDiffusionXLPipeline(
-            unet=model,
+            unet=unet(**settings | changes),
             vae=autoencoder(),
             scheduler=diffusers.EulerDiscreteScheduler(),
             add_watermarker=False,
@@ -154,6 +158,7 @@ def sdxl() -> Any:
     )
 
 
+@copied
 def sd3(**changes: Any) -> Any:
     torch.manual_seed(0)
     tokenizer = clip_tokenizer()
@@ -182,6 +187,7 @@ def sd35() -> Any:
     return sd3(qk_norm="rms_norm", dual_attention_layers=(0, 1))
 
 
+@copied
 def flux(**changes: Any) -> Any:
     torch.manual_seed(0)
     tokenizer = clip_tokenizer()
@@ -202,6 +208,7 @@ def flux(**changes: Any) -> Any:
     )
 
 
+@copied
 def pixart() -> Any:
     """As PixArt-Sigma: cross-attention over T5 alone, a learned variance."""
     torch.manual_seed(0)
@@ -216,6 +223,7 @@ def pixart() -> Any:
     )
 
 
+@copied
 def chroma() -> Any:
     """As Chroma: FLUX with T5 alone, and guidance in two calls."""
     torch.manual_seed(0)
@@ -235,14 +243,25 @@ def chroma() -> Any:
     )
 
 
+@copied
 def glyph() -> Any:
-    """The trained pipeline that ships with the package: a copy of its own, in single precision."""
-    return quiet(deepcopy(_glyph()))
+    """The trained pipeline that ships with the package, in single precision."""
+    return quiet(load("glyph-sd"))
 
 
-@cache
-def _glyph() -> Any:
-    return load("glyph-sd")
+ONE_LEVEL = {
+    "block_out_channels": (16,), "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",), "attention_head_dim": (2,), "transformer_layers_per_block": (1,),
+}  # fmt: skip
+
+
+def small(family: str) -> Any:
+    """A pipeline of a family with as few blocks as still differ: the compiler takes long over each of them."""
+    if family in ("sd1", "sdxl"):
+        return FAMILIES[family](**ONE_LEVEL)
+    if family == "flux":
+        return flux(num_layers=1)
+    return sd3(num_layers=2) if family == "sd3" else sd3(num_layers=2, qk_norm="rms_norm", dual_attention_layers=(0,))
 
 
 FAMILIES = {"sd1": sd1, "sdxl": sdxl, "sd3": sd3, "sd35": sd35, "flux": flux}

@@ -1,6 +1,6 @@
 """What is special to a kind of model when it is trained: how rows are noised, what it predicts, and what is tuned.
 
-`Denoising` is what the rest of a personalisation asks of a model; there is one class for each kind, see `denoising_of`.
+`Denoising` is what the rest of a personalisation asks of a model; there is one class for each kind, see `kinds.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from attnctl.concepts import ENCODERS
-from attnctl.engine.families.registry import family_of
 from attnctl.engine.sites import Kind
 from attnctl.errors import ControlError, UnsupportedPipelineError
 
@@ -189,31 +188,6 @@ class UNetDenoising(Denoising):
 
     def weight(self, times: Tensor, gamma: float | None) -> Tensor:
         return snr_weight(self.alphas[times], gamma, self.kind)
-
-
-def denoising_of(pipe: Any) -> Denoising:
-    """How a pipeline is trained.
-
-    Raises:
-        ControlError: it cannot be trained as it is.
-        UnsupportedPipelineError: it is of a family that cannot be trained.
-    """
-    from attnctl.pipelines.personalize.flow import FluxDenoising, SD3Denoising  # which stand on this file
-
-    family, _ = family_of(pipe)
-    kinds = {"SD3": SD3Denoising, "FLUX": FluxDenoising}
-    kind: type[Denoising] | None = UNetDenoising if family.denoiser == "unet" else kinds.get(family.name)
-    if kind is None:
-        raise UnsupportedPipelineError(
-            f"concepts are learnt by SD 1, SD 2, SDXL, SD 3 and FLUX.1, not by {family.name}"
-        )
-    found = kind(pipe)
-    if found.model.config.in_channels != found.packed * pipe.vae.config.latent_channels:
-        raise UnsupportedPipelineError(
-            f"the denoiser of this {type(pipe).__name__} reads more than the picture (a mask, another picture): "
-            "learn with the plain model of that family"
-        )
-    return found
 
 
 def ids_of(tokenizer: Any, captions: Sequence[str], length: int | None = None) -> Tensor:

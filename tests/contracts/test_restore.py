@@ -8,7 +8,7 @@ import pickle
 import pytest
 import tiny
 import torch
-from contract_table import differs, every_pair, same_weights, trace, weights
+from contract_table import differs, fewer_pairs, same_weights, trace, weights
 from diffusers import EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from toys import Identity, Output, Push, Spy
@@ -18,7 +18,7 @@ from attnctl.engine.control import Control
 from attnctl.errors import ControlError, UnsupportedProcessorError
 
 
-@every_pair
+@fewer_pairs
 def test_after_exit(case, family):
     pipe = tiny.MODELS[family]()
     plain = tiny.draw(pipe)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from contract_table import differs, every_pair
+from contract_table import differs, fewer_pairs
 from toys import Identity
 
 from attnctl.engine.attachment import attach
@@ -13,7 +13,7 @@ from attnctl.engine.attachment import attach
 SIZES = [(32, 64), (64, 32), (48, 48)]
 
 
-@every_pair
+@fewer_pairs
 def test_one_attachment_serves_many_sizes(case, family):
     pipe = tiny.MODELS[family]()
     apart = []
@@ -25,7 +25,7 @@ def test_one_attachment_serves_many_sizes(case, family):
             assert torch.equal(tiny.draw(pipe, size=size), alone)
 
 
-@every_pair
+@fewer_pairs
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision(case, family, dtype):
     pipe = tiny.MODELS[family]().to(dtype)
