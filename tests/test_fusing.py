@@ -27,7 +27,7 @@ def sdxl():
     return pipe
 
 
-MAKE = {"sd1": tiny.sd1, "sdxl": sdxl}
+MAKE = {"sd1": tiny.sd1, "sdxl": sdxl, "sd3": tiny.sd3, "flux": tiny.flux}
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +43,22 @@ def opened(folder):
     return tiny.quiet(DiffusionPipeline.from_pretrained(folder, local_files_only=True))
 
 
-@pytest.mark.parametrize("family, trained", [("sd1", "full"), ("sd1", "lora"), ("sdxl", "full"), ("sdxl", "lora")])
+@pytest.mark.parametrize(
+    "family, trained",
+    [("sd1", "full"), ("sd1", "lora"), ("sdxl", "full"), ("sdxl", "lora"), ("sd3", "lora"), ("flux", "full")],
+)
 def test_stock_diffusers_opens_it_and_draws_what_the_trained_pipeline_draws(picture, tmp_path, family, trained):
     pipe = MAKE[family]()
     learnt(pipe, picture, trained=trained)
-    before = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
+    model = tiny.denoiser(pipe)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
     other = opened(fuse(pipe, tmp_path / "whole"))
-    assert type(other) is type(pipe) and not any("lora" in name for name in other.unet.state_dict())
+    assert type(other) is type(pipe) and not any("lora" in name for name in tiny.denoiser(other).state_dict())
     own = tiny.draw(pipe, PROMPT)
     assert torch.allclose(own, tiny.draw(other, PROMPT), atol=1e-5 if trained == "full" else 1e-4)
     assert not torch.allclose(own, tiny.draw(MAKE[family](), PROMPT), atol=1e-2)
-    after = pipe.unet.state_dict()
+    assert tiny.denoiser(pipe) is model
+    after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(one, after[name]) for name, one in before.items())
     with attnctl.attach(other, attnctl.processors.Segregation("<v1> cat", "<v2> dog")):
         assert torch.isfinite(tiny.draw(other, PROMPT)).all()
