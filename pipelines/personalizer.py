@@ -24,6 +24,7 @@ from torch import Tensor
 
 from attnctl.concepts import Concept, Learnt
 from attnctl.errors import AttnctlWarning, ControlError
+from attnctl.pipelines.personalize.accelerated import check_precision
 from attnctl.pipelines.personalize.checkpoint import Checkpoints, about
 from attnctl.pipelines.personalize.concepts import Encoders, read_concepts
 from attnctl.pipelines.personalize.examples import Examples, Stage, encoded, regular_of, views_of
@@ -59,6 +60,9 @@ class Personalizer:
         self.denoising = denoising_of(pipe)
         if (dtype := self.denoising.model.dtype) != torch.float32:
             raise ControlError(f"the pipeline is in {str(dtype).removeprefix('torch.')}: load it in float32")
+        check_precision(self.settings, self.denoising.model.device)
+        if self.settings.contrast and len(self.concepts) < 2:
+            raise ControlError("contrast keeps concepts apart, and there is one; set contrast to 0")
         self.pipe = pipe
 
     @property

@@ -222,7 +222,7 @@ def test_levels_in_the_middle_are_met_more_often(picture):
         denoising, settings = denoising_of(sd3()), settings_of("ours", levels=levels)
         dice = torch.Generator().manual_seed(0)
         trainer = Trainer(denoising, (), Encoders([], (), settings, dice), settings, dice)
-        found[levels] = trainer._times([4000])
+        found[levels] = trainer._times(4000)
     assert abs(found["uniform"].std() - 12**-0.5) < 0.01
     odds = torch.logit(found["logit-normal"])
     assert abs(odds.mean()) < 0.01 and abs(odds.std() - 1) < 0.01

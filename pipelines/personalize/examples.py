@@ -53,6 +53,26 @@ class Examples:
         return int(self.subset.max()) + 1
 
 
+@dataclass(frozen=True)
+class Rows:
+    """What one pass trains on, see `Examples`.
+
+    Attributes:
+        times: (rows,) timesteps.
+        subset: of the views, which come before the regular pictures.
+        masks: of the views.
+        share: of the words that the step's views name, how many this pass has, times the number of passes.
+    """
+
+    latents: Tensor
+    valid: Tensor
+    captions: list[str]
+    times: Tensor
+    subset: list[int]
+    masks: Tensor | None
+    share: float
+
+
 def subsets(count: int) -> list[Subset]:
     """The subsets of so many concepts that captions name: all of them first, then each alone; of three also pairs."""
     sizes = [count, *range(1, count)] if count <= 3 else [count, 1]
