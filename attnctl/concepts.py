@@ -13,12 +13,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from attnctl.comfy import DOWN, UP, fused_keys
 from attnctl.errors import ControlError
 
 INDEX, LORA = "concepts.json", "pytorch_lora_weights.safetensors"
-KOHYA = "kohya_lora.safetensors"
-DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+KOHYA, COMFY = "kohya_lora.safetensors", "comfy_lora.safetensors"
 ADAPTER = "attnctl_learning"  # what peft calls the adapters while they are trained
+ENCODERS = {
+    "UNet": {"": "clip_l", "_2": "clip_g"},
+    "SD3": {"": "clip_l", "_2": "clip_g", "_3": "t5xxl"},
+    "FLUX": {"": "clip_l", "_2": "t5xxl"},
+}
+"""Family -> how the pipeline's names of its text encoders end -> their names in files of words; some lack the last."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +52,11 @@ class Learnt:
     Attributes:
         concepts: in the order of the captions.
         words: new word -> its row for each text encoder, (width,) float32.
-        lora: module of the UNet -> (down, up) with down (rank, in) and up (out, rank): what is added to its weight is
-            up @ down. All have one rank.
+        lora: module of the denoiser -> (down, up) with down (rank, in) and up (out, rank): what is added to its weight
+            is up @ down. All have one rank.
         settings: what they were learnt with, as plain data.
         base: the model they were learnt by, as `attnctl.load` takes it; None where nobody said.
+        family: of that model, one of `ENCODERS`.
     """
 
     concepts: tuple[Concept, ...]
@@ -57,17 +64,29 @@ class Learnt:
     lora: dict[str, tuple[Tensor, Tensor]]
     settings: dict[str, Any]
     base: str | None = None
+    family: str = "UNet"
+
+    @property
+    def part(self) -> str:
+        """The pipeline's name of its denoiser."""
+        return "unet" if self.family == "UNet" else "transformer"
 
     @property
     def files(self) -> tuple[str, ...]:
         """The names of what `save` writes."""
-        return (LORA, KOHYA, *(embedding_name(one.word) for one in self.concepts), INDEX)
+        return (
+            LORA,
+            KOHYA if self.part == "unet" else COMFY,
+            *(embedding_name(one.word) for one in self.concepts),
+            INDEX,
+        )
 
     def save(self, folder: str | Path) -> Path:
         """Write the files of the concepts into a folder, which is made if need be.
 
         - `pytorch_lora_weights.safetensors`: for `pipe.load_lora_weights(folder)`.
         - `kohya_lora.safetensors`: the same for ComfyUI and A1111, which read other names.
+          Of SD 3 and FLUX `comfy_lora.safetensors`, see `attnctl.comfy`.
         - one file for each word, such as `v1.safetensors`: for `pipe.load_textual_inversion(file)`, and in ComfyUI and
           A1111 an embedding called v1.
         - `concepts.json`: words, nouns and settings.
@@ -77,7 +96,8 @@ class Learnt:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         about = {"format": "pt", "concepts": json.dumps([one.phrase for one in self.concepts])}
-        files = {LORA: save(self.lora_keys(), about), KOHYA: save(self.kohya_keys(), about)}
+        other = self.kohya_keys() if self.part == "unet" else fused_keys(self.lora, self.family)
+        files = {LORA: save(self.lora_keys(), about), self.files[1]: save(other, about)}
         for concept in self.concepts:
             files[embedding_name(concept.word)] = save(self.embedding(concept.word), {"format": "pt"})
         files[INDEX] = (json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n").encode()
@@ -95,12 +115,12 @@ class Learnt:
             ControlError: the pipeline is of another size or kind, or has one of the words already.
         """
         other = ControlError(f"the concepts are of another model than this {type(pipe).__name__}")
-        modules = dict(pipe.unet.named_modules()) if hasattr(pipe, "unet") else {}
+        modules = dict(getattr(pipe, self.part).named_modules()) if hasattr(pipe, self.part) else {}
         for module, (down, up) in self.lora.items():
             if getattr(getattr(modules.get(module), "weight", None), "shape", None) != (up.shape[0], down.shape[1]):
                 raise other
         rows = next(iter(self.words.values()))
-        names = ("", "_2")[: len(rows)]
+        names = [*ENCODERS[self.family]][: len(rows)]
         parts = ("tokenizer", "text_encoder")
         pairs: list[Any] = [[getattr(pipe, part + name, None) for part in parts] for name in names]
         for (tokenizer, encoder), row in zip(pairs, rows, strict=True):
@@ -124,7 +144,8 @@ class Learnt:
         """As diffusers names them; without an alpha, so the scale is 1."""
         found = {}
         for module, (down, up) in self.lora.items():
-            found[f"unet.{module}{DOWN}"], found[f"unet.{module}{UP}"] = down.contiguous(), up.contiguous()
+            name = f"{self.part}.{module}"
+            found[name + DOWN], found[name + UP] = down.contiguous(), up.contiguous()
         return found
 
     def kohya_keys(self) -> dict[str, Tensor]:
@@ -137,10 +158,10 @@ class Learnt:
         return found
 
     def embedding(self, word: str) -> dict[str, Tensor]:
-        """The tensors of a word's file: one encoder under the word itself, two as clip_l and clip_g; (1, width)."""
+        """The tensors of a word's file: of one encoder under the word itself, of more see `ENCODERS`; (1, width)."""
         rows = self.words[word]
-        names = (word,) if len(rows) == 1 else ("clip_l", "clip_g")
-        return {name: row[None].contiguous() for name, row in zip(names, rows, strict=True)}
+        names = [word] if len(rows) == 1 else [*ENCODERS[self.family].values()]
+        return {name: row[None].contiguous() for name, row in zip(names, rows, strict=False)}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -149,6 +170,7 @@ class Learnt:
                 {"word": one.word, "noun": one.noun, "file": embedding_name(one.word)} for one in self.concepts
             ],
             "lora": LORA,
+            "family": self.family,
             "base": self.base,
             "settings": self.settings,
         }
@@ -203,17 +225,17 @@ def read_learnt(folder: str | Path) -> Learnt:
     try:
         about = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         concepts = tuple(Concept(one["word"], one["noun"]) for one in about["concepts"])
-        words = {}
+        words, family = {}, about.get("family", "UNet")
         for one in about["concepts"]:
             rows = load_file(folder / one["file"])
-            names = [one["word"]] if one["word"] in rows else ["clip_l", "clip_g"]
+            names = [one["word"]] if one["word"] in rows else [*ENCODERS[family].values()][: len(rows)]
             words[one["word"]] = tuple(rows[name][0] for name in names)
         tensors = load_file(folder / about["lora"])
         downs = {name: one for name, one in tensors.items() if name.endswith(DOWN)}
         lora = {
-            name.removeprefix("unet.").removesuffix(DOWN): (down, tensors[name.replace(DOWN, UP)])
+            name.partition(".")[2].removesuffix(DOWN): (down, tensors[name.replace(DOWN, UP)])
             for name, down in downs.items()
         }
-        return Learnt(concepts, words, lora, about["settings"], about.get("base"))
+        return Learnt(concepts, words, lora, about["settings"], about.get("base"), family)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ControlError(f"the concepts in {folder} are damaged: {type(error).__name__} {error}") from error

@@ -1,4 +1,4 @@
-"""What is learnt from one picture of two things that glyph-sd never saw, with and without calibrated attention.
+"""What is learnt from one picture of two things that the model never saw, with and without calibrated attention.
 
     python benchmarks/effect.py personalize --pictures 1 --arms plain --arms both --seeds 1
 
@@ -37,17 +37,21 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-import attnctl
+from attnctl import attach, loading
 from attnctl.app import command
 from attnctl.glyph import judge, scenes
 from attnctl.glyph.words import Prompt
+from attnctl.maps.live import LiveMaps
 from attnctl.pipelines import Personalizer
+from attnctl.pipelines.personalize.examples import encoded
 from attnctl.pipelines.personalize.masks import MaskError
 from attnctl.pipelines.personalize.settings import PRESETS, Settings
+from attnctl.pipelines.personalize.trainer import calibrated_sites
 from attnctl.pipelines.personalize.views import View
 from attnctl.sheets import grid
 
 SIDE, DRAWN = 128, 6
+GUIDANCE = {"glyph-sd": 3.0, "glyph-sd3": 4.0}
 PAIRS = (  # (emoji, noun, the noun's own emoji) twice
     (("🦊", "cat", "🐱"), ("🚓", "car", "🚗")),
     (("🐺", "dog", "🐶"), ("🍊", "apple", "🍎")),
@@ -120,29 +124,24 @@ def likeness(images: Sequence[Image.Image], glyph: str) -> Tensor:
 
 def shares(pipe: Any, personalizer: Personalizer, picture: Image.Image, masks: Tensor) -> list[float]:
     """For each word, the part of its map on its own thing, of what is on either, in the training picture."""
-    from attnctl import attach
-    from attnctl.maps.live import LiveMaps
-    from attnctl.pipelines.personalize.views import pixels
-
     words = [one.word for one in personalizer.concepts]
     text = " and ".join(f"a {one.phrase}" for one in personalizer.concepts)
-    live, times = LiveMaps(*words, where="factor:1"), torch.tensor([300, 500, 700])
-    with torch.no_grad():
-        shown = pixels([View().picture(picture, SIDE)])
-        latents = pipe.vae.encode(shown).latent_dist.mode() * pipe.vae.config.scaling_factor
-        noise = torch.randn(3, *latents.shape[1:], generator=torch.Generator().manual_seed(0))
-        a = pipe.scheduler.alphas_cumprod[times].view(-1, 1, 1, 1)
-        states = pipe.encode_prompt(text, "cpu", 1, False)[0].repeat(3, 1, 1)
-        with attach(pipe, live) as attached, attached.batch([text] * 3) as batch:
-            pipe.unet(a.sqrt() * latents + (1 - a).sqrt() * noise, times, states)
+    denoising = personalizer.denoising
+    latents = encoded(pipe, [View().picture(picture, SIDE)], lambda at: None).repeat(3, 1, 1, 1)
+    times = denoising.times(torch.tensor([0.3, 0.5, 0.7]))
+    live = LiveMaps(*words, where=list(calibrated_sites(denoising, latents.shape[-1], None)))
+    with torch.no_grad(), attach(pipe, live) as attached:
+        with attached.batch([text] * 3, max_sequence_length=denoising.rows) as batch:
+            states = denoising.text([text] * 3, (SIDE, SIDE))
+            denoising.predict(latents, times, torch.Generator().manual_seed(0), states)
         maps = batch.state(live).maps().mean(0)  # (words, height, width)
     cells = F.adaptive_avg_pool2d(masks, maps.shape[-1])
     return [float((maps[k] * cells[k]).sum() / (maps[k] * cells.sum(0)).sum()) for k in range(2)]
 
 
-def trial(pair: Any, settings: Settings, eye: Any) -> tuple[dict[str, float], list[list[Image.Image]]]:
+def trial(model: str, pair: Any, settings: Settings, eye: Any) -> tuple[dict[str, float], list[list[Image.Image]]]:
     """Train one arm on one picture; its measures, and what it drew, by prompt."""
-    pipe, (picture, masks) = attnctl.load("glyph-sd"), reference(pair)
+    pipe, (picture, masks) = loading.load(model), reference(pair)
     pipe.set_progress_bar_config(disable=True)
     nouns = [noun for _, noun, _ in pair]
     personalizer = Personalizer(pipe, nouns, **settings.to_dict())
@@ -157,7 +156,9 @@ def trial(pair: Any, settings: Settings, eye: Any) -> tuple[dict[str, float], li
     rows = []
     for prompt in (f"a {one}", f"a {two}", f"a {one} and a {two}", f"a {one} and a red bowl"):
         dice = [torch.Generator().manual_seed(500 + k) for k in range(DRAWN)]
-        rows.append(pipe([prompt] * DRAWN, num_inference_steps=20, guidance_scale=3.0, generator=dice).images)
+        rows.append(
+            pipe([prompt] * DRAWN, num_inference_steps=20, guidance_scale=GUIDANCE[model], generator=dice).images
+        )
     (first, _, first_kind), (second, _, second_kind) = pair
     bowl = [reading.satisfies(BOWL) for reading in eye.read(rows[3])]
     found = {
@@ -182,36 +183,57 @@ def main(
     pictures: Annotated[int, typer.Option(min=1, max=len(PAIRS), help="So many of the six pictures.")] = len(PAIRS),
     seeds: Annotated[int, typer.Option(min=1, help="Training seeds.")] = 3,
     steps: Annotated[int, typer.Option(min=1)] = BASE.steps,
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(GUIDANCE)}.")] = "glyph-sd",
     out: Annotated[Path, typer.Option(help="Folder for results and sheets.")] = Path("out/personalize"),
 ) -> None:
     if unknown := [name for name in arms if name not in ARMS]:
         raise typer.BadParameter(f"no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
+    if model not in GUIDANCE:
+        raise typer.BadParameter(f"no model {model!r}; there are {', '.join(GUIDANCE)}")
     command.check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     log, console, eye = out / "results.jsonl", Console(), judge.load()
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    done = {(one["arm"], one["picture"], one["seed"], one["steps"]): one for one in lines}
-    wanted = [(arm, picture, seed, steps) for picture in range(pictures) for seed in range(seeds) for arm in arms]
+    done = {(one.get("model", "glyph-sd"), one["arm"], one["picture"], one["seed"], one["steps"]): one for one in lines}
+    wanted = [
+        (model, arm, picture, seed, steps) for picture in range(pictures) for seed in range(seeds) for arm in arms
+    ]
     for key in wanted:
         if key in done:
             continue
-        arm, picture, seed, _ = key
-        found, rows = trial(PAIRS[picture], replace(ARMS[arm], seed=seed, steps=steps), eye)
-        done[key] = {"arm": arm, "picture": picture, "seed": seed, "steps": steps} | found
+        _, arm, picture, seed, _ = key
+        found, rows = trial(model, PAIRS[picture], replace(ARMS[arm], seed=seed, steps=steps), eye)
+        done[key] = {"model": model, "arm": arm, "picture": picture, "seed": seed, "steps": steps} | found
         with log.open("a") as file:
             file.write(json.dumps(done[key]) + "\n")
         cells: list[Any] = [[("", image) for image in row] for row in rows]
-        grid(cells, points=10).save(out / f"{arm.replace(' ', '-')}-{picture}-{seed}.png")
+        name = f"{arm.replace(' ', '-')}-{picture}-{seed}.png"
+        grid(cells, points=10).save(out / (name if model == "glyph-sd" else f"{model}-{name}"))
         console.print(f"{arm}, picture {picture}, seed {seed}: {found['seconds']:.0f} s")
     table = Table("arm", "trainings", *MEASURES, "seconds", box=SIMPLE_HEAD)
     for arm in arms:
-        own = [done[key] for key in wanted if key[0] == arm]
+        own = [done[key] for key in wanted if key[1] == arm]
         told = [f"{mean(one[name] for one in own):.2f}{_spread([one[name] for one in own])}" for name in MEASURES]
         table.add_row(arm, str(len(own)), *told, f"{mean(one['seconds'] for one in own):.0f}")
     console.print(table)
+    if len(arms) > 1:
+        console.print(differences(done, wanted, arms))
     if lost := sum(not done[key]["masks"] for key in wanted):
         console.print(f"trainings without masks, since attention did not tell the things apart: {lost}")
     console.print(f"{log}")
+
+
+def differences(done: dict[Any, dict[str, Any]], wanted: Sequence[Any], arms: Sequence[str]) -> Table:
+    """Of each arm to the first, on the same pictures and seeds."""
+    table = Table(f"against {arms[0]}", *MEASURES, box=SIMPLE_HEAD)
+    first = [key for key in wanted if key[1] == arms[0]]
+    for arm in arms[1:]:
+        row = [arm]
+        for name in MEASURES:
+            gaps = [done[(key[0], arm, *key[2:])][name] - done[key][name] for key in first]
+            row.append(f"{mean(gaps):+.2f}{_spread(gaps)}")
+        table.add_row(*row)
+    return table
 
 
 def _spread(values: Sequence[float]) -> str:

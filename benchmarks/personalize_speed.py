@@ -17,7 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from attnctl.pipelines.personalize.concepts import Encoders, caption, read_concepts
-from attnctl.pipelines.personalize.denoising import denoising_of
+from attnctl.pipelines.personalize.kinds import denoising_of
 from attnctl.pipelines.personalize.settings import settings_of
 from attnctl.pipelines.personalize.trainer import Examples, Trainer
 

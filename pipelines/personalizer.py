@@ -7,6 +7,7 @@
 
 DisenDiff (Zhang et al., CVPR 2024, arXiv 2403.18551): keys and values of cross-attention and one new word for each
 thing are trained on one picture, while the attention maps of the words are calibrated, see `processors.calibration`.
+What that means for joint attention is ours, see `pipelines.personalize.flow`.
 """
 
 from __future__ import annotations
@@ -23,21 +24,22 @@ from torch import Tensor
 
 from attnctl.concepts import Concept, Learnt
 from attnctl.errors import AttnctlWarning, ControlError
+from attnctl.pipelines.personalize.accelerated import check_precision
 from attnctl.pipelines.personalize.checkpoint import Checkpoints, about
 from attnctl.pipelines.personalize.concepts import Encoders, read_concepts
-from attnctl.pipelines.personalize.denoising import denoising_of
 from attnctl.pipelines.personalize.examples import Examples, Stage, encoded, regular_of, views_of
 from attnctl.pipelines.personalize.files import learnt_of
+from attnctl.pipelines.personalize.kinds import denoising_of
 from attnctl.pipelines.personalize.masks import Found, given_masks, look, masks_from
 from attnctl.pipelines.personalize.settings import Settings, settings_of
 from attnctl.pipelines.personalize.trainer import Progress, Trainer
 from attnctl.pipelines.personalize.views import squared
 
-FAINT, SHARED = 0.05, 0.5  # glyph-sd gives things it sees 0.2 to 0.4, and things that are not there 0.03 to 0.05
+SHARED = 0.5
 
 
 class Personalizer:
-    """Learns concepts into a pipeline of SD 1, SD 2 or SDXL.
+    """Learns concepts into a pipeline of SD 1, SD 2, SDXL, SD 3 or FLUX.1.
 
     Args:
         pipe: the pipeline, in float32. It is trained in place: when `learn` is done, its prompts know the new words.
@@ -58,6 +60,9 @@ class Personalizer:
         self.denoising = denoising_of(pipe)
         if (dtype := self.denoising.model.dtype) != torch.float32:
             raise ControlError(f"the pipeline is in {str(dtype).removeprefix('torch.')}: load it in float32")
+        check_precision(self.settings, self.denoising.model.device)
+        if self.settings.contrast and len(self.concepts) < 2:
+            raise ControlError("contrast keeps concepts apart, and there is one; set contrast to 0")
         self.pipe = pipe
 
     @property
@@ -115,10 +120,11 @@ class Personalizer:
             kept.prepare(views, regular)
         encoders = Encoders(self.denoising.encoders, self.concepts, settings, dice)
         trainer = Trainer(self.denoising, self.concepts, encoders, settings, dice)
+        trainer.prepare(views, regular)
         if kept and ready and (state := kept.state()) is not None:
             trainer.restore(state)
         else:
-            for line in seen(self.concepts, trainer.look(views)):
+            for line in seen(self.concepts, trainer.look(views), self.denoising.faint):
                 warnings.warn(line, AttnctlWarning, stacklevel=2)
         while trainer.step < settings.steps:
             trainer.train(views, regular, min(settings.steps, trainer.step + every), watch)
@@ -142,20 +148,21 @@ class Personalizer:
                 watch(told)
             masks = told.masks
         views = views_of(self.pipe, source, self.concepts, settings, masks, tell)
-        return views, regular_of(self.pipe, self.concepts, settings, tell) if settings.regular_rows else None
+        return views, regular_of(self.denoising, self.concepts, settings, tell) if settings.regular_rows else None
 
 
-def seen(concepts: Sequence[Concept], maps: torch.Tensor) -> list[str]:
+def seen(concepts: Sequence[Concept], maps: torch.Tensor, faint: float) -> list[str]:
     """What is wrong with the maps of the nouns before training, one line each.
 
     Args:
         concepts: what is to be learnt.
         maps: (concepts, height, width), probabilities.
+        faint: below that nothing is found.
     """
     lines = [
         f"the model hardly finds a {one.noun!r} in the picture (its map never exceeds {top:.3f}); another noun may do"
         for one, top in zip(concepts, maps.amax((1, 2)).tolist(), strict=True)
-        if top < FAINT
+        if top < faint
     ]
     shares = maps / maps.sum((1, 2), keepdim=True).clamp_min(1e-12)
     for one, other in combinations(range(len(concepts)), 2):

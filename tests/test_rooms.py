@@ -15,6 +15,7 @@ ROOMS = (  # from the bottom; a room may import those before it, and itself
     "errors",
     "files",
     "sheets",
+    "comfy",
     "concepts",
     "loading",
     "fusing",

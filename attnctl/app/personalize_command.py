@@ -62,6 +62,13 @@ def personalize(
     sample: Annotated[str | None, typer.Option(help="One more prompt to draw at the end.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a training that was interrupted.")] = False,
     preview: Annotated[int, typer.Option(help="Draw a sheet of samples every so many steps; 0: at the end only.")] = 0,
+    accumulate: Annotated[
+        int | None,
+        typer.Option(help="Passes in each step: --set rows=1 --accumulate 4 learns as rows=4, in less memory."),
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="no, bf16 or fp16 (on a GPU); weights, losses and maps stay in float32.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the processor; default: as for generate.")] = None,
 ) -> None:
@@ -70,10 +77,12 @@ def personalize(
     - attnctl personalize mine.png --concepts 'cat, car' --out mine
     - `attnctl personalize mine.png --concepts '<rex>=dog, <kit>=cat' --model ./my-sd15 --set steps=300`
     - attnctl personalize mine.png --concepts 'cat, car' --mask cat=cat.png --mask car=car.png
+    - attnctl personalize mine.png --concepts 'cat, car' --model ./my-sd15 --set rows=1 --accumulate 4 --precision bf16
 
-    Writes a LoRA and an embedding for each word, which stock diffusers loads, and a sheet of samples. Draw more with
-    `attnctl generate 'a <v1> cat' --model mine`. A training that was stopped, in whatever way, goes on with --resume.
-    For programs that take whole models only, --fused writes one (later: `attnctl concepts fuse mine --out DIR`).
+    SD 1, SD 2, SDXL, SD 3 and FLUX.1 learn. Writes a LoRA and an embedding for each word, which stock diffusers and
+    ComfyUI load, and a sheet of samples. Draw more with `attnctl generate 'a <v1> cat' --model mine`. A training that
+    was stopped, in whatever way, goes on with --resume. For programs that take whole models only, --fused writes one
+    (later: `attnctl concepts fuse mine --out DIR`).
 
     The places of the things are looked for first; OUT/masks.png shows what was found. The sheet is drawn last, and with
     `--preset paper` pictures of the class nouns are drawn first, so even few steps take a while.
@@ -89,6 +98,9 @@ def personalize(
     small = model in loading.embedded()
     chosen = preset or ("ours" if small else "paper")
     asked = settings_in(set_ or [])
+    for name, value in (("accumulate", accumulate), ("precision", precision)):
+        if value is not None and asked.setdefault(name, value) != value:
+            raise UsageError(f"--{name} {short(str(value))} and --set {name}={short(str(asked[name]))}: give one")
     settings_of(chosen, **asked)  # a wrong one fails before anything is loaded, as all that follows
     named = read_concepts(concepts)
     if preview < 0:
@@ -101,6 +113,7 @@ def personalize(
     if resume and not (out / "training").is_dir():
         tell(f"nothing to resume in {plain(out)}: a new training begins")
 
+    from attnctl.pipelines.personalize.accelerated import peak_memory
     from attnctl.pipelines.personalize.checkpoint import end_training
     from attnctl.pipelines.personalize.masks import MaskError, given_masks
     from attnctl.pipelines.personalizer import Personalizer
@@ -134,7 +147,13 @@ def personalize(
                 tell(line)
         path = samples.save(folder / "sample.png")
         with paused(bar):
-            print(shown.summary(), *(plain(folder / name) for name in learnt.files), plain(path), sep="\n", flush=True)
+            print(
+                shown.summary(peak_memory(pipe.device)),
+                *(plain(folder / name) for name in learnt.files),
+                plain(path),
+                sep="\n",
+                flush=True,
+            )
         if fused:
             whole = fuse(pipe, folder / FUSED)
             with paused(bar):
@@ -217,14 +236,15 @@ class Shown:
                 tell(f"{label}, {total} in all" if total else label)
         self.bar.update(self.task, completed=done, description=text or label)
 
-    def summary(self) -> str:
-        """The losses of the last step, one line."""
+    def summary(self, memory: int | None = None) -> str:
+        """The losses of the last step, and the most bytes that were held, one line."""
         if self.latest is None:
             return "nothing was left to train"
         told = ", ".join(f"{name} {value:.3f}" for name, value in self.latest.losses.items())
         kept, tried = self.latest.renewed
         masks = f"; masks renewed {kept} of {tried} times" if tried else ""
-        return f"{self.latest.step} steps; in the last one: {told}{masks}"
+        most = f"; at most {memory / 2**20:.0f} MiB of memory" if memory else ""
+        return f"{self.latest.step} steps; in the last one: {told}{masks}{most}"
 
     def warnings(self, learnt: Learnt) -> list[str]:
         """What went wrong in the maps, one line each."""

@@ -19,14 +19,15 @@ class SelfMaps(Control):
     """Reads self-attention in a training batch, without gradient. `batch.state(control).mean()` gives it.
 
     Args:
-        where: which sites, all of one grid, see `attnctl.select`. A place for each of a thousand cells costs 4 MiB.
+        where: which sites, all of one grid, see `attnctl.select`; of joint ones the block from picture to picture, as
+            if there were no text. A place for each of a thousand cells costs 4 MiB.
     """
 
     where: Selection = None
     lane: ClassVar[Lane] = Lane.MAPS
 
     def sites(self, available: tuple[Site, ...]) -> tuple[Site, ...]:
-        return tuple(site for site in select(available, self.where) if site.kind == "self")
+        return tuple(site for site in select(available, self.where) if site.kind in ("self", "joint"))
 
     def begin(self, run: Run) -> SelfAttention:
         return SelfAttention()
@@ -54,7 +55,7 @@ class SelfAttention:
             raise ControlError(f"SelfMaps reads sites of one grid, not of {self.grid} and {call.grid}")
         self.grid = call.grid
         scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
-        for q, k in zip(call.q.float(), call.k.float(), strict=True):
+        for q, k in zip(call.q[:, :, call.image].float(), call.k[:, :, call.image].float(), strict=True):
             maps = torch.softmax(scale * q @ k.mT, -1).mean(0)  # (cells, cells)
             self.total = maps if self.total is None else self.total + maps
             self.count += 1

@@ -88,11 +88,13 @@ class Encoder:
                 output = torch.where((args[0] == token).unsqueeze(-1), row.to(output), output)
             return output
 
-        handle = self.model.get_input_embeddings().register_forward_hook(look_up)
+        tables = [m for m in self.model.modules() if isinstance(m, nn.Embedding) and m.weight is self.table]  # T5: two
+        handles = [module.register_forward_hook(look_up) for module in tables]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
 
 class Encoders:

@@ -1,6 +1,6 @@
 """What is special to a kind of model when it is trained: how rows are noised, what it predicts, and what is tuned.
 
-`Denoising` is what the rest of a personalisation asks of a model; there is one class for each kind, see `denoising_of`.
+`Denoising` is what the rest of a personalisation asks of a model; there is one class for each kind, see `kinds.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attnctl.engine.families.registry import family_of
+from attnctl.concepts import ENCODERS
 from attnctl.engine.sites import Kind
 from attnctl.errors import ControlError, UnsupportedPipelineError
 
@@ -25,26 +25,47 @@ class Denoising(ABC):
     Attributes:
         pipe: the pipeline.
         model: its denoiser.
+        family: its family, see `attnctl.concepts.ENCODERS`.
         part: the pipeline's name of it.
         ends: how the names of modules end that make keys and values of the text.
         reads: the kind of sites at which pictures attend to text.
+        own: the kind of sites at which pictures attend to themselves.
+        rows: how many rows of text T5 makes; None: there is no T5.
+        starts: the text that the blocks read has a start token.
+        packed: how many latent cells one token holds, where the pipeline packs them.
+        faint: a noun whose map never exceeds that is not found in the picture.
     """
 
+    family: ClassVar[str]
     part: ClassVar[str]
     ends: ClassVar[tuple[str, ...]]
     reads: ClassVar[Kind]
+    own: ClassVar[Kind]
+    rows: ClassVar[int | None] = None
+    starts: ClassVar[bool] = True
+    packed: ClassVar[int] = 1
+    faint: ClassVar[float] = 0.05  # glyph-sd gives things it sees 0.2 to 0.4, and others 0.03 to 0.05
 
     def __init__(self, pipe: Any) -> None:
         self.pipe, self.model = pipe, getattr(pipe, self.part)
 
     @property
-    @abstractmethod
+    def count(self) -> int:
+        """How many text encoders read a word: all that the family has."""
+        return len(ENCODERS[self.family])
+
+    @property
     def encoders(self) -> list[Pair]:
         """(tokenizer, text encoder), in the order in which a word's rows are kept.
 
         Raises:
             UnsupportedPipelineError: one is missing, so no word can be learnt.
         """
+        pipe, ends = self.pipe, [*ENCODERS[self.family]][: self.count]
+        found = [(getattr(pipe, f"tokenizer{end}"), getattr(pipe, f"text_encoder{end}")) for end in ends]
+        if any(part is None for pair in found for part in pair):
+            raise UnsupportedPipelineError(f"{type(pipe).__name__} lacks a text encoder, so it can learn no word")
+        return found
 
     @abstractmethod
     def text(self, captions: Sequence[str], size: tuple[int, int]) -> dict[str, Any]:
@@ -54,6 +75,10 @@ class Denoising(ABC):
             captions: one for each row.
             size: (height, width) of the pictures in pixels.
         """
+
+    @abstractmethod
+    def padding(self, captions: Sequence[str]) -> Tensor:
+        """(captions, text rows) bool: which rows of the text that the blocks read come after the end of a caption."""
 
     @abstractmethod
     def times(self, shares: Tensor) -> Tensor:
@@ -88,6 +113,10 @@ class Denoising(ABC):
         size = self.model.config.sample_size
         return int(size if isinstance(size, int) else size[0]) * int(self.pipe.vae_scale_factor)
 
+    def unpacked(self, latents: Tensor) -> Tensor:
+        """(rows, channels, height, width): latents as the pipeline hands them out."""
+        return latents
+
     def picture_size(self, latents: Tensor) -> tuple[int, int]:
         """(height, width) in pixels of what latents hold."""
         factor = int(getattr(self.pipe, "vae_scale_factor", 8))
@@ -97,7 +126,7 @@ class Denoising(ABC):
 class UNetDenoising(Denoising):
     """SD 1, SD 2 and SDXL: noise by the schedule's alphas; the model predicts noise, or velocity."""
 
-    part, ends, reads = "unet", ("attn2.to_k", "attn2.to_v"), "cross"
+    family, part, ends, reads, own = "UNet", "unet", ("attn2.to_k", "attn2.to_v"), "cross", "self"
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
@@ -122,9 +151,9 @@ class UNetDenoising(Denoising):
         return kind
 
     @property
-    def encoders(self) -> list[Pair]:
+    def count(self) -> int:
         """One of SD 1 and SD 2, two of SDXL."""
-        return pairs(self.pipe, ("", "_2") if hasattr(self.pipe, "text_encoder_2") else ("",))
+        return 2 if hasattr(self.pipe, "text_encoder_2") else 1
 
     def text(self, captions: Sequence[str], size: tuple[int, int]) -> dict[str, Any]:
         """See `Denoising.text`; SDXL is told the size."""
@@ -140,6 +169,9 @@ class UNetDenoising(Denoising):
         times = torch.tensor([[*size, 0, 0, *size]], dtype=pooled.dtype, device=pooled.device)
         added = {"text_embeds": pooled, "time_ids": times.repeat(len(captions), 1)}
         return {"encoder_hidden_states": torch.cat(states, -1), "added_cond_kwargs": added}
+
+    def padding(self, captions: Sequence[str]) -> Tensor:
+        return ended(self.encoders[0][0], captions)
 
     def times(self, shares: Tensor) -> Tensor:
         return (shares * len(self.alphas)).long()
@@ -158,35 +190,6 @@ class UNetDenoising(Denoising):
         return snr_weight(self.alphas[times], gamma, self.kind)
 
 
-KINDS: dict[str, type[Denoising]] = {"unet": UNetDenoising}
-"""By the pipeline's name of its denoiser."""
-
-
-def denoising_of(pipe: Any) -> Denoising:
-    """How a pipeline is trained.
-
-    Raises:
-        ControlError: it cannot be trained as it is.
-        UnsupportedPipelineError: it is of a family that cannot be trained.
-    """
-    family, _ = family_of(pipe)
-    if family.denoiser not in KINDS:
-        raise UnsupportedPipelineError(f"concepts are learnt by SD 1, SD 2 and SDXL, not by {family.name}")
-    return KINDS[family.denoiser](pipe)
-
-
-def pairs(pipe: Any, endings: Sequence[str]) -> list[Pair]:
-    """The tokenizers and text encoders whose names in the pipeline end so.
-
-    Raises:
-        UnsupportedPipelineError: one is missing.
-    """
-    found = [(getattr(pipe, f"tokenizer{end}"), getattr(pipe, f"text_encoder{end}")) for end in endings]
-    if any(part is None for pair in found for part in pair):
-        raise UnsupportedPipelineError(f"{type(pipe).__name__} lacks a text encoder, so it can learn no word")
-    return found
-
-
 def ids_of(tokenizer: Any, captions: Sequence[str], length: int | None = None) -> Tensor:
     """(captions, length): tokens, padded and cut; to the tokenizer's own length for None."""
     found: Tensor = tokenizer(
@@ -197,6 +200,13 @@ def ids_of(tokenizer: Any, captions: Sequence[str], length: int | None = None) -
         return_tensors="pt",
     ).input_ids
     return found
+
+
+def ended(tokenizer: Any, captions: Sequence[str], length: int | None = None) -> Tensor:
+    """(captions, length) bool: which of `ids_of` come after the end of a caption."""
+    ids = ids_of(tokenizer, captions, length)
+    ends = (ids == tokenizer.eos_token_id).int().argmax(1, keepdim=True)
+    return torch.arange(ids.shape[1]) > ends
 
 
 def snr_weight(alphas: Tensor, gamma: float | None, kind: str) -> Tensor:

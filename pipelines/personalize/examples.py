@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attnctl.concepts import Concept
 from attnctl.pipelines.personalize.concepts import caption
+from attnctl.pipelines.personalize.denoising import Denoising
 from attnctl.pipelines.personalize.settings import Settings
 from attnctl.pipelines.personalize.views import View, box_of, make_views, painted_out, pixels, views_around
 
@@ -52,6 +53,26 @@ class Examples:
         return int(self.subset.max()) + 1
 
 
+@dataclass(frozen=True)
+class Rows:
+    """What one pass trains on, see `Examples`.
+
+    Attributes:
+        times: (rows,) timesteps.
+        subset: of the views, which come before the regular pictures.
+        masks: of the views.
+        share: of the words that the step's views name, how many this pass has, times the number of passes.
+    """
+
+    latents: Tensor
+    valid: Tensor
+    captions: list[str]
+    times: Tensor
+    subset: list[int]
+    masks: Tensor | None
+    share: float
+
+
 def subsets(count: int) -> list[Subset]:
     """The subsets of so many concepts that captions name: all of them first, then each alone; of three also pairs."""
     sizes = [count, *range(1, count)] if count <= 3 else [count, 1]
@@ -66,7 +87,8 @@ def encoded(pipe: Any, pictures: Sequence[Image.Image], tell: Callable[[int], No
         tell(at)
         some = pixels(list(pictures[at : at + 8])).to(vae.device, vae.dtype)
         latents.append(vae.encode(some).latent_dist.mode().float().cpu())
-    found = torch.cat(latents) * float(vae.config.scaling_factor)
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    found = (torch.cat(latents) - shift) * float(vae.config.scaling_factor)
     return found.contiguous()  # as a file gives them back: convolutions of other strides differ in the last bit
 
 
@@ -176,7 +198,7 @@ def _widened(masks: Tensor, side: int) -> Tensor:
     return F.max_pool2d(masks.any(0)[None, None].float(), 2 * rim + 1, 1, rim)[0, 0] > 0
 
 
-def regular_of(pipe: Any, concepts: Sequence[Concept], settings: Settings, tell: Stage) -> Examples:
+def regular_of(denoising: Denoising, concepts: Sequence[Concept], settings: Settings, tell: Stage) -> Examples:
     """Pictures that the model draws before it is trained, which keep what it knows (prior preservation).
 
     Of four, one has all the nouns and one has one of them; with `others` one has a noun beside something else, and one
@@ -198,17 +220,19 @@ def regular_of(pipe: Any, concepts: Sequence[Concept], settings: Settings, tell:
         tell("regular pictures", at, count)
         some = captions[at : at + 4]
         seeds = [torch.Generator().manual_seed(1000 * settings.seed + at + k) for k in range(len(some))]
-        latents.append(_draw(pipe, some, seeds).float().cpu())
+        latents.append(_draw(denoising, some, seeds).float().cpu())
     found = torch.cat(latents).contiguous()
     return Examples(found, torch.ones(count, *found.shape[-2:]), captions, torch.zeros(count, dtype=torch.long))
 
 
 @torch.no_grad()
-def _draw(pipe: Any, prompts: list[str], seeds: list[torch.Generator]) -> Any:
+def _draw(denoising: Denoising, prompts: list[str], seeds: list[torch.Generator]) -> Tensor:
     """Latents of pictures, at low guidance and in few steps: they keep what the model knows; none will see them."""
+    pipe = denoising.pipe
     bar = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(**{**bar, "disable": True})
     try:
-        return pipe(prompts, num_inference_steps=20, guidance_scale=3.0, generator=seeds, output_type="latent").images
+        drawn = pipe(prompts, num_inference_steps=20, guidance_scale=3.0, generator=seeds, output_type="latent").images
+        return denoising.unpacked(drawn)
     finally:
         pipe.set_progress_bar_config(**{"disable": False, **bar})

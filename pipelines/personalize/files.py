@@ -30,7 +30,7 @@ def learnt_of(trainer: Trainer, before: Mapping[str, Tensor]) -> Learnt:
     else:
         change = {name: trainer.tuned[name].detach().cpu() - weight.cpu() for name, weight in before.items()}
         lora = factored(change, trainer.settings.rank)
-    return Learnt(tuple(trainer.concepts), words, lora, trainer.settings.to_dict())
+    return Learnt(tuple(trainer.concepts), words, lora, trainer.settings.to_dict(), family=trainer.denoising.family)
 
 
 def factored(changes: Mapping[str, Tensor], rank: int | None) -> dict[str, tuple[Tensor, Tensor]]:

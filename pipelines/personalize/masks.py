@@ -78,23 +78,26 @@ def look(denoising: Denoising, latents: Tensor, nouns: Sequence[str], recipe: Re
     """
     side = latents.shape[-1]
     sites = discover(denoising.pipe)
-    cross, own = select(sites, denoising.reads), select(sites, "self")
+    cross, own = select(sites, denoising.reads), select(sites, denoising.own)
     factors = sorted({site.factor for site in cross if site.factor}, key=lambda one: abs(side / one - CROSS))
     used = [factors[0], *(one for one in factors if recipe == "ours" and one == 2 * factors[0])]
-    names = [*nouns, "<start>"]
+    names = [*nouns, "<start>"] if recipe == "paper" else list(nouns)
     lives = [LiveMaps(*names, where=_of(cross, factor)) for factor in used]
     selves = SelfMaps(_of(own, min({one.factor for one in own if one.factor}, key=lambda one: abs(side / one - OWN))))
     times = denoising.times(torch.tensor(NOISE))
     rows, captions = latents.repeat(len(times), 1, 1, 1), [" and ".join(f"a {noun}" for noun in nouns)] * len(times)
     text = denoising.text(captions, denoising.picture_size(latents))
-    with attach(denoising.pipe, *lives, selves) as attached, attached.batch(captions) as batch:
+    with (
+        attach(denoising.pipe, *lives, selves) as attached,
+        attached.batch(captions, max_sequence_length=denoising.rows) as batch,
+    ):
         denoising.predict(rows, times, torch.Generator().manual_seed(seed), text)
     seen = [batch.state(live).maps().mean(0) for live in lives]
     state = batch.state(selves)
     if recipe == "paper":
         return relevance(seen[0], state.mean(), state.grid, POWER).cpu()
     size = (seen[0].shape[-2], seen[0].shape[-1])
-    things = torch.stack([fitted(min_max(maps[:-1]), size).clamp(0, 1) for maps in seen]).mean(0)
+    things = torch.stack([fitted(min_max(maps), size).clamp(0, 1) for maps in seen]).mean(0)
     rest = 1 - min_max(things).amax(0, keepdim=True)
     return relevance(torch.cat([things, rest]), state.mean(), state.grid, OUR_POWER).cpu()
 

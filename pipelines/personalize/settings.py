@@ -13,6 +13,7 @@ from attnctl.processors.calibration import Calibration
 Trained = Literal["full", "lora"]
 Start = Literal["noun", "rare"]
 Views = Literal["ours", "paper", "none"]
+Precision = Literal["no", "bf16", "fp16"]
 CHOICES = {
     "trained": ("full", "lora"),
     "start": ("noun", "rare"),
@@ -21,6 +22,8 @@ CHOICES = {
     "subsets": ("all", "uniform", "loss"),
     "counted": ("view", "union", "rest"),
     "guidance": ("jsd", "mse"),
+    "precision": ("no", "bf16", "fp16"),
+    "levels": ("uniform", "logit-normal"),
 }
 THINGS = (
     "red clock", "blue chair", "balloon", "green suitcase", "dog", "yellow backpack", "crown", "purple bench", "horse",
@@ -35,8 +38,11 @@ class Settings:
 
     Args:
         steps: of the optimiser.
-        rows: views of the picture in each step.
-        regular_rows: pictures of the class nouns in each step, drawn by the model before training (prior preservation).
+        rows: views of the picture in each pass through the model.
+        accumulate: passes in each step, whose gradients add up: rows=2 with accumulate=2 learns as rows=4 does, in less
+            memory.
+        precision: "bf16" or "fp16" narrows what autocast may; weights, losses and maps stay in float32. "no": nothing.
+        regular_rows: pictures of the class nouns in each pass, drawn by the model before training (prior preservation).
         regular: how many such pictures are drawn.
         regular_weight: of their loss, against that of the views.
         keep: weight of the loss that holds keys and values of all other words and of the padding as they are, see
@@ -51,6 +57,9 @@ class Settings:
         factor: latent cells per cell of the maps that are calibrated; None is what comes nearest to 16 x 16.
         snr: min-SNR weight of the denoising loss (5 is usual); None is none. For models that predict velocity the
             weight all but silences the noisiest steps, in which colours and shapes are chosen.
+        levels: how often each noise level is met: all as often ("uniform"), or those in the middle more often
+            ("logit-normal", as SD 3 was trained: Esser et al., ICML 2024, arXiv 2403.03206). Flow-matching models are
+            then shifted towards noise as their scheduler says.
         views: "ours" enlarges, shrinks, moves and mirrors the picture, its rim repeated outwards; "paper" is what
             Custom Diffusion does, with grey around small pictures and words about the size; "none" leaves it.
         view_count: how many views are made, of each subset of the things.
@@ -66,6 +75,8 @@ class Settings:
             (AttenCraft), or the "rest" when the other things are taken away. Always the mean over what counts.
         refresh: after every so many steps masks are looked for again, with the weights as they are by then; they are
             taken if each is like the former (`masks.renewed`, AttenCraft). 0: never. Masks of the caller's stay.
+        contrast, temperature: weight and sharpness of the loss that keeps the new words' text states from the other
+            concepts, see `attnctl.processors.contrast` (ours). It compares the rows of a pass, so it needs two.
         guide: weight of the guidance of the new words' maps to the masks.
         guidance: "jsd" (AttenCraft) or "mse", see `attnctl.processors.attencraft.guidance`.
         lead, article: captions are lead + article + "<v1> cat" + " and " + article + "<v2> car".
@@ -77,6 +88,8 @@ class Settings:
 
     steps: int = 200
     rows: int = 4
+    accumulate: int = 1
+    precision: Precision = "no"
     regular_rows: int = 0
     regular: int = 24
     regular_weight: float = 1.0
@@ -96,6 +109,7 @@ class Settings:
     pairs: Literal["mean", "sum"] = "mean"
     factor: int | None = None
     snr: float | None = None
+    levels: Literal["uniform", "logit-normal"] = "uniform"
     views: Views = "ours"
     view_count: int = 24
     others: tuple[str, ...] = THINGS
@@ -104,6 +118,8 @@ class Settings:
     zoom: bool = True
     counted: Literal["view", "union", "rest"] = "rest"
     refresh: int = 0
+    contrast: float = 0.0
+    temperature: float = 0.1
     guide: float = 0.0
     guidance: Literal["jsd", "mse"] = "jsd"
     lead: str = ""
@@ -111,14 +127,14 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "rows", "view_count"):
+        for name in ("steps", "rows", "accumulate", "view_count"):
             self._whole(name, 1)
         for name in ("regular_rows", "regular", "refresh", "seed"):
             self._whole(name, 0)
         for name in ("rank", "factor"):
             if getattr(self, name) is not None:
                 self._whole(name, 1)
-        for name in ("regular_weight", "kv_rate", "word_rate", "decay", "guide", "keep", "snr"):
+        for name in ("regular_weight", "kv_rate", "word_rate", "decay", "contrast", "guide", "keep", "snr"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
                 raise ControlError(f"{name} is a number from 0 up, not {value!r}")
@@ -127,6 +143,10 @@ class Settings:
                 raise ControlError(f"{name} is one of {', '.join(choices)}; not {getattr(self, name)!r}")
         if self.regular_rows and not self.regular:
             raise ControlError("regular_rows needs regular pictures; set regular as well, or regular_rows to 0")
+        if not (isinstance(self.temperature, (int, float)) and 0 < self.temperature < math.inf):
+            raise ControlError(f"temperature is a number above 0, not {self.temperature!r}")
+        if self.contrast and self.rows < 2:
+            raise ControlError("contrast compares the rows of a pass; set rows to 2 or more, or contrast to 0")
         if self.refresh and self.masks == "none":
             raise ControlError("refresh renews masks, and masks=none has none; set masks as well, or refresh to 0")
         for name in ("zoom", "ease"):

@@ -16,15 +16,15 @@ from attnctl.engine.control import AttentionCall, Control, Lane, Proceed
 from attnctl.engine.families.registry import discover
 from attnctl.engine.sites import Site, select
 from attnctl.errors import ControlError
-from attnctl.maps.live import Live, LiveMaps
+from attnctl.maps.live import LiveMaps
+from attnctl.pipelines.personalize.accelerated import accelerated
 from attnctl.pipelines.personalize.concepts import Encoders
 from attnctl.pipelines.personalize.denoising import Denoising
-from attnctl.pipelines.personalize.examples import Examples, remasked
-from attnctl.pipelines.personalize.keeping import covariance, kept
+from attnctl.pipelines.personalize.examples import Examples, Rows, remasked
+from attnctl.pipelines.personalize.keeping import kept, spreads
+from attnctl.pipelines.personalize.losses import Losses, losses_of
 from attnctl.pipelines.personalize.masks import renewed
 from attnctl.pipelines.personalize.settings import Settings
-from attnctl.processors.attencraft import guidance
-from attnctl.processors.calibration import Calibrated
 
 ATTENTION_GRID = 16  # cells along one side: where the papers read maps
 EASED = 0.05  # of the rates is left at the last step
@@ -37,8 +37,8 @@ class Progress:
 
     Attributes:
         step: from 1 to `steps`.
-        losses: "denoise", "binding" (mean over concepts), "apart" (mean over pairs) and "guide" (mean over words and
-            rows), unweighted; those on maps where they have a weight.
+        losses: "denoise", "binding" (mean over concepts), "apart" (mean over pairs), "contrast" and "guide" (mean over
+            words and rows), unweighted; those on maps and words where they have a weight.
         coverage: of each noun's map, see `Calibrated`; as the losses.
         renewed: how often masks were renewed, and how often they were looked for again.
     """
@@ -51,34 +51,18 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What one step trains on, see `Examples`.
-
-    Attributes:
-        times: (rows,) timesteps.
-        subset: of the views, which come before the regular pictures.
-        masks: of the views.
-    """
-
-    latents: Tensor
-    valid: Tensor
-    captions: list[str]
-    times: Tensor
-    subset: list[int]
-    masks: Tensor | None
-
-
-@dataclass(frozen=True)
 class StartApart(Control):
     """Nothing is learnt through the start token: its keys and values have no gradient (Custom Diffusion)."""
 
     lane = Lane.QKV
 
     def sites(self, available: tuple[Site, ...]) -> tuple[Site, ...]:
-        return tuple(site for site in available if site.kind == "cross")
+        return tuple(site for site in available if site.kind in ("cross", "joint"))
 
     def attend(self, call: AttentionCall, proceed: Proceed) -> Tensor:
-        k, v = (torch.cat([x[:, :, :1].detach(), x[:, :, 1:]], 2) for x in (call.k, call.v))
+        at = call.text.start
+        parts = ((x[:, :, :at], x[:, :, at : at + 1].detach(), x[:, :, at + 1 :]) for x in (call.k, call.v))
+        k, v = (torch.cat(part, 2) for part in parts)
         return proceed(call.replace(k=k, v=v))
 
 
@@ -116,9 +100,10 @@ class Trainer:
         self.denoising, self.concepts, self.encoders = denoising, concepts, encoders
         self.settings, self.dice = settings, dice
         self.before = {name: p.detach().clone() for name, p in denoising.keys_and_values.items()}
-        self.spread: Tensor | None = None
+        self.spread: dict[str, Tensor] | None = None
         self.model, self.step = denoising.model, 0
         self.running: dict[int, float] = {}  # subset of the concepts, by number -> mean loss of late
+        self.scaler: dict[str, Any] | None = None  # how far losses are scaled, with precision fp16
         self.masks: Tensor | None = None
         self.renewed = (0, 0)
         self.tuned = _tuned(denoising, settings)
@@ -167,39 +152,42 @@ class Trainer:
         where = calibrated_sites(self.denoising, views.latents.shape[-1], settings.factor)
         live = LiveMaps(*words, *nouns, where=list(where), absent=True)
         guided = settings.guide > 0 and views.masks is not None
-        controls = [StartApart(), live] if settings.calibration.acts or guided else [StartApart()]
-        if settings.keep > 0 and self.spread is None:
-            self.spread = self._spread(regular, self.denoising.picture_size(views.latents))
-        with self.ready(), attach(self.denoising.pipe, *controls) as attached:
+        reads = settings.calibration.acts or settings.contrast > 0 or guided
+        controls: list[Control] = [StartApart()] if self.denoising.starts else []
+        controls += [live] if reads else []
+        size = self.denoising.rows
+        with (
+            self.ready(),
+            attach(self.denoising.pipe, *controls) as attached,
+            accelerated(settings, self.model.device, self.scaler) as accelerator,
+        ):
+            optimizer = accelerator.prepare(self.optimizer)
             while self.step < until:
-                rows = self._rows(views, regular)
-                with attached.batch(rows.captions) as batch:
-                    errors = self.errors(rows.latents, rows.valid, rows.captions, rows.times)  # (rows,)
-                weight = torch.ones_like(errors)
-                weight[settings.rows :] = settings.regular_weight
-                loss = denoise = (weight * errors).mean()
-                losses, coverage = {"denoise": denoise.item()}, list[float]()
-                if settings.calibration.acts:
-                    read = self._calibrated(batch.state(live))
-                    loss = loss + read.total
-                    losses["binding"] = read.binding[: settings.rows].mean().item()
-                    if read.apart.shape[1]:
-                        losses["apart"] = read.apart[: settings.rows].mean().item()
-                    coverage = read.coverage.tolist()
-                if guided and rows.masks is not None:
-                    away = self._guided(batch.state(live), rows.masks)
-                    loss, losses["guide"] = loss + settings.guide * away, away.item()
-                if self.spread is not None:
-                    drift = kept(self.changes(), self.before, self.spread)
-                    loss, losses["keep"] = loss + settings.keep * drift, drift.item()
                 self._ease()
-                self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                self.optimizer.step()
+                told, passes = list[Losses](), self._passes(views, regular)
+                for rows in passes:
+                    with accelerator.accumulate(self.model):
+                        with (
+                            accelerator.autocast(),
+                            attached.batch(rows.captions, max_sequence_length=size) as batch,
+                        ):
+                            text = self.text(rows.latents, rows.captions)
+                            errors = self.errors(rows, text)  # (rows,)
+                        states = text["encoder_hidden_states"]
+                        found = losses_of(settings, rows, errors, states, batch.state(live) if reads else None)
+                        if rows is passes[-1] and self.spread is not None:  # once in a step
+                            drift = kept(self.changes(), self.before, self.spread)
+                            found.add("keep", drift, settings.keep * settings.accumulate)
+                        accelerator.backward(found.total)
+                        optimizer.step()  # both only after the last pass
+                        optimizer.zero_grad()
+                    told.append(found)
+                    self._remember(rows.subset, errors.detach(), views.subsets)
                 self.step += 1
-                self._remember(rows.subset, errors.detach(), views.subsets)
+                if accelerator.scaler is not None:
+                    self.scaler = accelerator.scaler.state_dict()
                 if watch is not None:
-                    watch(Progress(self.step, settings.steps, losses, tuple(coverage), self.renewed))
+                    watch(Progress(self.step, settings.steps, *means(told), self.renewed))
 
     def _ease(self) -> None:
         """Set the rates of this step."""
@@ -218,30 +206,41 @@ class Trainer:
             parts[module][rest[0]] = weight
         return {f"{module}.weight": pair["B"] @ pair["A"] for module, pair in parts.items()}
 
-    def _spread(self, regular: Examples | None, size: tuple[int, int]) -> Tensor:
-        """See `covariance`; of the captions of regular pictures and of the things beside the nouns."""
-        nouns = [one.noun for one in self.concepts]
-        captions = [*(regular.captions if regular else ()), *(f"a {one}" for one in (*nouns, *self.settings.others))]
-        return covariance(self.denoising, captions, size)
+    def prepare(self, views: Examples, regular: Examples | None) -> None:
+        """What must be known of the model as it is before training, and before `restore`: what is to be kept."""
+        if self.settings.keep > 0:
+            nouns = [one.noun for one in self.concepts]
+            things = [f"a {one}" for one in (*nouns, *self.settings.others)]
+            captions = [*(regular.captions if regular else ()), *things]
+            self.spread = spreads(self.denoising, captions, views.latents, self.settings.seed)
 
-    def _rows(self, views: Examples, regular: Examples | None) -> Rows:
-        """What one step trains on; views come first."""
-        settings, dice = self.settings, self.dice
-        some = torch.randint(len(views.captions), (settings.rows,), generator=dice)
+    def _passes(self, views: Examples, regular: Examples | None) -> list[Rows]:
+        """What one step trains on, pass by pass; views come first."""
+        settings, dice, parts = self.settings, self.dice, self.settings.accumulate
+        count = settings.rows * parts
+        some = torch.randint(len(views.captions), (count,), generator=dice)
         if views.subsets > 1:
             chances = torch.ones(views.subsets) if settings.subsets == "uniform" else self._chances(views.subsets)
-            numbers = torch.multinomial(chances, settings.rows, replacement=True, generator=dice).tolist()
+            numbers = torch.multinomial(chances, count, replacement=True, generator=dice).tolist()
             members = [(views.subset == number).nonzero().flatten() for number in numbers]
             some = torch.stack([own[int(at) % len(own)] for at, own in zip(some, members, strict=True)])
         chosen = [(views, some)]
         if regular is not None and settings.regular_rows:
-            count = len(regular.captions)
-            chosen.append((regular, torch.randint(count, (settings.regular_rows,), generator=dice)))
-        latents, valid = (torch.cat([getattr(x, name)[i] for x, i in chosen]) for name in ("latents", "valid"))
-        captions = [x.captions[i] for x, rows in chosen for i in rows.tolist()]
-        times = self._times([len(rows) for _, rows in chosen])
-        masks = None if views.masks is None else views.masks[some]
-        return Rows(latents, valid, captions, times, views.subset[some].tolist(), masks)
+            size = settings.regular_rows * parts
+            chosen.append((regular, torch.randint(len(regular.captions), (size,), generator=dice)))
+        times = [self._times(len(rows)) for _, rows in chosen]
+        named = [sum(one.word in views.captions[i] for one in self.concepts) for i in some.tolist()]
+        found = []
+        for part in range(parts):
+            own = [(x, rows.chunk(parts)[part]) for x, rows in chosen]
+            latents, valid = (torch.cat([getattr(x, name)[i] for x, i in own]) for name in ("latents", "valid"))
+            captions = [x.captions[i] for x, rows in own for i in rows.tolist()]
+            here = own[0][1]
+            share = sum(named[part * settings.rows :][: settings.rows]) / max(sum(named), 1) * parts
+            masks = None if views.masks is None else views.masks[here]
+            when = torch.cat([every.chunk(parts)[part] for every in times])
+            found.append(Rows(latents, valid, captions, when, views.subset[here].tolist(), masks, share))
+        return found
 
     def _chances(self, count: int) -> Tensor:
         """Of each subset, in proportion to the running mean of its loss; one that was not met yet is as the highest."""
@@ -257,20 +256,6 @@ class Trainer:
             old = self.running.get(number, error)
             self.running[number] = REMEMBERED * old + (1 - REMEMBERED) * error
 
-    def _calibrated(self, live: Live) -> Calibrated:
-        """The losses on the maps of a batch; regular pictures have none of the new words, so no part in them."""
-        maps, count = live.maps(), len(self.concepts)
-        present = live.present[:, :count] & live.present[:, count:]
-        return self.settings.calibration.read(maps[:, :count], maps[:, count:], present)
-
-    def _guided(self, live: Live, masks: Tensor) -> Tensor:
-        """Mean guidance of the new words that the views' captions have."""
-        count, rows = len(self.concepts), len(masks)
-        with torch.autocast(self.model.device.type, enabled=False):
-            away = guidance(live.maps()[:rows, :count], masks.to(self.model.device), self.settings.guidance)
-        present = live.present[:rows, :count]
-        return (away * present).sum() / present.sum().clamp_min(1)
-
     def state(self) -> dict[str, Any]:
         """Everything that a later run needs to go on as if there had been no break."""
         return {
@@ -280,6 +265,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "dice": self.dice.get_state(),
             "running": self.running,
+            "scaler": self.scaler,
             "masks": self.masks,
             "renewed": self.renewed,
         }
@@ -294,6 +280,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.dice.set_state(state["dice"])
         self.step, self.running = state["step"], state["running"]
+        self.scaler = state["scaler"]
         self.masks, self.renewed = state["masks"], state["renewed"]
 
     @torch.no_grad()
@@ -306,24 +293,24 @@ class Trainer:
         times = self.denoising.times(torch.arange(1, 7) / 10)
         latents, captions = views.latents[:1].repeat(6, 1, 1, 1), [views.captions[0]] * 6
         dice = torch.Generator().manual_seed(self.settings.seed)
-        with attach(self.denoising.pipe, live) as attached, attached.batch(captions) as batch:
-            self.predict(latents, captions, times, dice)
+        with (
+            attach(self.denoising.pipe, live) as attached,
+            attached.batch(captions, max_sequence_length=self.denoising.rows) as batch,
+        ):
+            self.denoising.predict(latents, times, dice, self.text(latents, captions))
         return batch.state(live).maps().mean(0).cpu()
 
-    def predict(
-        self, latents: Tensor, captions: list[str], times: Tensor, dice: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """See `Denoising.predict`."""
-        text = self.denoising.text(captions, self.denoising.picture_size(latents))
-        return self.denoising.predict(latents, times, dice, text)
+    def text(self, latents: Tensor, captions: list[str]) -> dict[str, Any]:
+        """See `Denoising.text`."""
+        return self.denoising.text(captions, self.denoising.picture_size(latents))
 
-    def errors(self, latents: Tensor, valid: Tensor, captions: list[str], times: Tensor) -> Tensor:
+    def errors(self, rows: Rows, text: dict[str, Any]) -> Tensor:
         """The denoising loss of each row, mean over what is valid: (rows,), with gradient."""
-        got, target = self.predict(latents, captions, times, self.dice)
-        real = valid[:, None].to(got.device)
+        got, target = self.denoising.predict(rows.latents, rows.times, self.dice, text)
+        real = rows.valid[:, None].to(got.device)
         square = (got.float() - target).square() * real
-        error = square.sum((1, 2, 3)) / (real.sum((1, 2, 3)).clamp_min(1e-6) * latents.shape[1])
-        return error * self.denoising.weight(times, self.settings.snr).to(got.device)
+        error = square.sum((1, 2, 3)) / (real.sum((1, 2, 3)).clamp_min(1e-6) * rows.latents.shape[1])
+        return error * self.denoising.weight(rows.times, self.settings.snr).to(got.device)
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -333,7 +320,7 @@ class Trainer:
         modes = [model.training for model in models]
         with ExitStack() as stack:
             for model in models:
-                model.requires_grad_(False).train()  # gradient checkpointing acts in training alone
+                model.requires_grad_(False).train(model is self.model)  # where checkpointing acts; T5 would drop out
             for parameter in self.tuned.values():
                 parameter.requires_grad_(True)
             stack.enter_context(self.encoders.trained())
@@ -345,10 +332,21 @@ class Trainer:
                 for parameter in asked:
                     parameter.requires_grad_(True)
 
-    def _times(self, counts: Sequence[int]) -> Tensor:
-        """Timesteps, uniform over the schedule, and spread over it within the rows of one kind."""
-        shares = [(torch.arange(count) + torch.rand(count, generator=self.dice)) / count for count in counts]
-        return self.denoising.times(torch.cat(shares))
+    def _times(self, count: int) -> Tensor:
+        """Where rows of one kind are, as `Settings.levels` says, and spread over the schedule."""
+        shares = (torch.arange(count) + torch.rand(count, generator=self.dice)) / count
+        if self.settings.levels == "logit-normal":
+            shares = torch.special.ndtri(shares.clamp(1e-4, 1 - 1e-4)).sigmoid()
+        return self.denoising.times(shares)
+
+
+def means(passes: Sequence[Losses]) -> tuple[dict[str, float], tuple[float, ...]]:
+    """Mean losses of a step, without weights, and mean coverage."""
+    names = dict.fromkeys(name for one in passes for name in one.told)
+    losses = {name: [one.told[name].item() for one in passes if name in one.told] for name in names}
+    coverage = [one.coverage for one in passes if one.coverage is not None]
+    spread = torch.stack(coverage).mean(0).tolist() if coverage else []
+    return {name: sum(found) / len(found) for name, found in losses.items()}, tuple(spread)
 
 
 def _tuned(denoising: Denoising, settings: Settings) -> dict[str, nn.Parameter]:

@@ -43,6 +43,11 @@ def test_controls_act_on_it_and_leave_no_trace(pipe: Any) -> None:
 
 @pytest.mark.slow
 def test_it_draws_what_is_asked_for(pipe: Any) -> None:
-    for concept in "lion", "bear":
-        readings = judge.load().read(_draw(pipe, f"a {concept}", 4, 20, "pil"))
-        assert sum(reading.has(concept) for reading in readings) >= 2
+    """Single seeds fail: one in six things is not there."""
+    asked = ("lion", "bear", "cat", "elephant", "apple", "bench")
+    found = [
+        reading.has(concept)
+        for concept in asked
+        for reading in judge.load().read(_draw(pipe, f"a {concept}", 4, 20, "pil"))
+    ]
+    assert sum(found) >= 0.7 * len(found)
