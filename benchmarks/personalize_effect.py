@@ -216,9 +216,24 @@ def main(
         told = [f"{mean(one[name] for one in own):.2f}{_spread([one[name] for one in own])}" for name in MEASURES]
         table.add_row(arm, str(len(own)), *told, f"{mean(one['seconds'] for one in own):.0f}")
     console.print(table)
+    if len(arms) > 1:
+        console.print(differences(done, wanted, arms))
     if lost := sum(not done[key]["masks"] for key in wanted):
         console.print(f"trainings without masks, since attention did not tell the things apart: {lost}")
     console.print(f"{log}")
+
+
+def differences(done: dict[Any, dict[str, Any]], wanted: Sequence[Any], arms: Sequence[str]) -> Table:
+    """Of each arm to the first, on the same pictures and seeds."""
+    table = Table(f"against {arms[0]}", *MEASURES, box=SIMPLE_HEAD)
+    first = [key for key in wanted if key[1] == arms[0]]
+    for arm in arms[1:]:
+        row = [arm]
+        for name in MEASURES:
+            gaps = [done[(key[0], arm, *key[2:])][name] - done[key][name] for key in first]
+            row.append(f"{mean(gaps):+.2f}{_spread(gaps)}")
+        table.add_row(*row)
+    return table
 
 
 def _spread(values: Sequence[float]) -> str:
