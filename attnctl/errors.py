@@ -5,13 +5,16 @@ from difflib import get_close_matches
 from typing import TypeVar
 
 
-def instead(name: str, known: Iterable[str]) -> str:
-    """ "did you mean strength?" or, where nothing is near, "there are strength, maps, ...": the end of a message."""
+def instead(name: str, known: Iterable[str], most: int = 200) -> str:
+    """ "did you mean strength?" or, where nothing is near, "there are strength, maps, ...": the end of a message.
+
+    most: letters of the list.
+    """
     names = list(known)
     plain = {one.replace("_", "").lower(): one for one in names}
     if near := get_close_matches(name.replace("_", "").lower(), plain, 1, 0.7):
         return f"did you mean {plain[near[0]]}?"
-    return f"there are {short(', '.join(names), 200)}" if names else "there is none"
+    return f"there are {short(', '.join(names), most)}" if names else "there is none"
 
 
 def short(text: str, most: int = 80) -> str:

@@ -175,7 +175,10 @@ def usable_device(device: "str | torch.device") -> "torch.device":
         found = torch.device(device)
         torch.zeros(1, device=found).item()  # "meta" holds none
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise ModelError(f"device {str(device)!r} cannot be used here: {_short(error)}") from error
+        said = str(error)
+        if "Expected one of" in said:  # torch names all devices that it was ever built for
+            said = "torch knows no such device; there are cpu, cuda, cuda:1, mps"
+        raise ModelError(f"device {str(device)!r} cannot be used here: {_short(RuntimeError(said))}") from error
     return found
 
 

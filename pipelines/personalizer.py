@@ -103,12 +103,13 @@ class Personalizer:
             MaskError: the model cannot tell the things apart; the pipeline is as it was.
 
         Warns:
-            AttnctlWarning: the model hardly finds a noun in the picture, or finds two of them in one place.
+            AttnctlWarning: the model hardly finds a noun in the picture, or, without masks given, finds two of
+                them in one place.
         """
         settings, tell = self.settings, stage or (lambda name, done, total: None)
         dice = torch.Generator().manual_seed(settings.seed)
         source = squared(picture, self.side)
-        own = given_masks(masks, self.concepts, self.side) if masks else None
+        own = given_masks(masks, self.concepts, self.side, picture.size) if masks else None
         if settings.refresh and (own is not None or len(self.concepts) < 2):
             why = "yours stay as they are" if own is not None else "one concept has none"
             raise ControlError(f"refresh renews masks that the model found, and {why}; set refresh to 0")
@@ -124,7 +125,7 @@ class Personalizer:
         if kept and ready and (state := kept.state()) is not None:
             trainer.restore(state)
         else:
-            for line in seen(self.concepts, trainer.look(views), self.denoising.faint):
+            for line in seen(self.concepts, trainer.look(views), self.denoising.faint, apart=own is None):
                 warnings.warn(line, AttnctlWarning, stacklevel=2)
         while trainer.step < settings.steps:
             trainer.train(views, regular, min(settings.steps, trainer.step + every), watch)
@@ -151,23 +152,28 @@ class Personalizer:
         return views, regular_of(self.denoising, self.concepts, settings, tell) if settings.regular_rows else None
 
 
-def seen(concepts: Sequence[Concept], maps: torch.Tensor, faint: float) -> list[str]:
+def seen(concepts: Sequence[Concept], maps: torch.Tensor, faint: float, apart: bool = True) -> list[str]:
     """What is wrong with the maps of the nouns before training, one line each.
 
     Args:
         concepts: what is to be learnt.
         maps: (concepts, height, width), probabilities.
         faint: below that nothing is found.
+        apart: nouns should look at different places; not so where the caller gave masks.
     """
     lines = [
         f"the model hardly finds a {one.noun!r} in the picture (its map never exceeds {top:.3f}); another noun may do"
         for one, top in zip(concepts, maps.amax((1, 2)).tolist(), strict=True)
         if top < faint
     ]
+    if not apart:
+        return lines
     shares = maps / maps.sum((1, 2), keepdim=True).clamp_min(1e-12)
     for one, other in combinations(range(len(concepts)), 2):
         common = float(torch.minimum(shares[one], shares[other]).sum())
         if common > SHARED:
             names = f"{concepts[one].noun!r} and {concepts[other].noun!r}"
-            lines.append(f"{names} look at the same place of the picture ({common:.0%} of their maps); use other nouns")
+            lines.append(
+                f"{names} look at the same place of the picture ({common:.0%} of their maps); other nouns may do better"
+            )
     return lines

@@ -9,6 +9,7 @@ import tiny
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 import attnctl
 from attnctl.errors import ControlError
@@ -133,6 +134,25 @@ def test_personalize_and_concepts_fuse_write_the_same_whole(command, picture, mo
     assert torch.allclose(one, other, atol=1e-4)
     code, out, err = command("generate", PROMPT, "--model", "again", "--steps", "2", "--threads", "1")
     assert code == 0 and len(out) == 1, err
+
+
+def test_what_was_stopped_while_samples_are_drawn_is_finished_by_resume(command, picture, model, tmp_path, monkeypatch):
+    def stopped(self, path):
+        raise KeyboardInterrupt
+
+    picture.save("mine.png")
+    few = [word for name, value in FEW.items() for word in ("--set", f"{name}={value}")]
+    words = ["personalize", "mine.png", "--concepts", "cat, dog", "--model", model, "--out", "mine", "--fused"]
+    words += ["--threads", "1", *few]
+    monkeypatch.setattr("attnctl.app.personalize_command.Samples.save", stopped)
+    assert command(*words)[0] != 0
+    learnt = load_file(tmp_path / "mine" / "pytorch_lora_weights.safetensors")
+    monkeypatch.setattr("attnctl.app.personalize_command.Samples.save", lambda self, path: path)
+    code, out, err = command(*words, "--resume")
+    assert code == 0 and out[0] == "nothing was left to train" and out[-1] == "mine/fused", err
+    again = load_file(tmp_path / "mine" / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(again[name], weight) for name, weight in learnt.items())
+    assert not (tmp_path / "mine" / "training").exists()
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ class Plain:
 
 def views(**settings):
     picture, given = scene()
-    masks = given_masks(given, CONCEPTS, 16)
+    masks = given_masks(given, CONCEPTS, 16, picture.size)
     chosen = settings_of("ours", **{"view_count": 12} | settings)
     return views_of(Plain, picture, CONCEPTS, chosen, masks, lambda *told: None)
 
@@ -132,7 +132,7 @@ def test_given_masks_are_placed_as_the_picture_is():
     wide.paste(255, (16, 0, 32, 16))
     clear = Image.new("RGBA", (32, 16), (255, 255, 255, 0))
     clear.paste((0, 0, 0, 255), (0, 0, 16, 16))
-    masks = given_masks({"cat": wide, "<v2>": clear}, CONCEPTS, 32)
+    masks = given_masks({"cat": wide, "<v2>": clear}, CONCEPTS, 32, (320, 160))
     assert masks[0, 8:24, 16:].all() and masks[0].sum() == 256 and masks[1, 8:24, :16].all() and masks[1].sum() == 256
 
 
@@ -143,16 +143,17 @@ def test_given_masks_are_placed_as_the_picture_is():
         ({"dog": None}, "'dog' has no mask"),
         ({"dog": "empty"}, "the mask of 'dog' is empty"),
         ({"dog": "cat"}, "the masks of 'cat' and 'dog' show the same place"),
+        ({"dog": "tall"}, "the mask of 'dog' is 16 x 48, another shape than the picture, "),
     ],
 )
 def test_masks_that_make_no_sense_are_told(change, told):
-    masks = scene()[1] | {"empty": Image.new("L", (16, 16))}
+    masks = scene()[1] | {"empty": Image.new("L", (16, 16)), "tall": Image.new("L", (16, 48), 255)}
     given = {noun: masks[noun] for noun in ("cat", "dog")} | {
         noun: masks[name] for noun, name in change.items() if name
     }
     given = {noun: mask for noun, mask in given.items() if change.get(noun, "") is not None}
     with pytest.raises(ControlError, match=told):
-        given_masks(given, CONCEPTS, 16)
+        given_masks(given, CONCEPTS, 16, scene()[0].size)
 
 
 def relevant(cat, dog, rest):
@@ -241,7 +242,7 @@ def test_keeping_holds_other_words_and_the_padding():
 def test_views_take_other_masks_and_stay_as_they_are():
     chosen = settings_of("ours", view_count=12, refresh=5)
     found = views(refresh=5)
-    masks = given_masks(scene()[1], CONCEPTS, 16)
+    masks = given_masks(scene()[1], CONCEPTS, 16, scene()[0].size)
     again = remasked(found, masks, chosen)
     assert torch.equal(again.masks, found.masks) and torch.equal(again.valid, found.valid)
     other = remasked(found, masks.flip(0), chosen)

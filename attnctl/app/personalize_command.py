@@ -48,8 +48,8 @@ def personalize(
     mask: Annotated[
         list[str] | None,
         typer.Option(
-            help="Where a thing is, as noun=file: white on black, as large as the picture. One for each thing; without "
-            "any the model looks for them itself."
+            help="Where a thing is, as noun=file: white on black, in the shape of the picture. One for each thing; "
+            "without any the model looks for them itself."
         ),
     ] = None,
     fused: Annotated[
@@ -84,7 +84,8 @@ def personalize(
     was stopped, in whatever way, goes on with --resume. For programs that take whole models only, --fused writes one
     (later: `attnctl concepts fuse mine --out DIR`).
 
-    The places of the things are looked for first; OUT/masks.png shows what was found. The sheet is drawn last, and with
+    The places of the things are looked for first; OUT/masks.png shows what was found, unless
+    you give masks. The sheet is drawn last, and with
     `--preset paper` pictures of the class nouns are drawn first, so even few steps take a while.
     """
     from attnctl import loading
@@ -119,7 +120,7 @@ def personalize(
     from attnctl.pipelines.personalizer import Personalizer
 
     if masks:
-        given_masks(masks, named, LITTLE)
+        given_masks(masks, named, LITTLE, source.size)
 
     with bars() as bar:
         pipe = open_model(model, device, "float32", bar, 2 if threads is None and small else threads)
@@ -141,7 +142,6 @@ def personalize(
         except MaskError as error:
             raise UsageError(f"{error}; see {plain(_keep(error.picture, out))}") from None
         folder = replace(learnt, base=loading.written(model)).save(out)
-        end_training(folder)
         with paused(bar):
             for line in shown.warnings(learnt):
                 tell(line)
@@ -158,6 +158,7 @@ def personalize(
             whole = fuse(pipe, folder / FUSED)
             with paused(bar):
                 print(plain(whole), flush=True)
+        end_training(folder)  # until all is written, --resume has what it needs
 
 
 def _keep(picture: Image.Image, out: Path) -> Path:
@@ -192,7 +193,7 @@ def settings_in(changes: list[str]) -> dict[str, Any]:
         if not equals or not value:
             raise UsageError(f"--set {short(change)}: write it as name=value, such as steps=100")
         if name not in known:
-            raise UsageError(f"--set {short(change)}: there is no setting {name!r}; {instead(name, known)}")
+            raise UsageError(f"--set {short(change)}: there is no setting {name!r}; {instead(name, known, 800)}")
         found[name] = value if name in (*CHOICES, "others") else _value(value)
     return found
 

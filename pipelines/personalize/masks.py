@@ -31,6 +31,7 @@ NOISE = (0.05, 0.12, 0.19, 0.26)  # parts of the schedule; AttenCraft looks at o
 CROSS, OWN = 16, 32  # cells along one side where AttenCraft reads cross- and self-attention
 OUR_POWER = 2
 SMOOTHER = 4  # cells of a renewed mask for each one that attention gave, along a side
+STRETCHED = 0.03  # by so much the shape of a mask may differ from the picture's: sizes are whole numbers
 LEAST = 0.01  # of the picture: a smaller mask is chance
 
 
@@ -166,22 +167,29 @@ def drawn(relevant: Tensor, masks: Tensor, concepts: Sequence[Concept], picture:
     return sheet(rows)
 
 
-def given_masks(given: Mapping[str, Image.Image], concepts: Sequence[Concept], side: int) -> Tensor:
+def given_masks(
+    given: Mapping[str, Image.Image], concepts: Sequence[Concept], side: int, shape: tuple[int, int]
+) -> Tensor:
     """The caller's masks, (concepts, side, side) bool: white, or not transparent, is the thing.
 
     Args:
         given: noun or word -> a mask of the picture's own shape.
         concepts: all of them must have one.
         side: of the square picture.
+        shape: (width, height) of the picture as it came; masks may be larger or smaller, but no wider or narrower.
 
     Raises:
-        ControlError: a name is no concept, a concept has no mask, a mask is empty, or two overlap by more than half.
+        ControlError: a name is no concept, a concept has no mask, a mask is empty or of another shape than the picture,
+            or two overlap by more than half.
     """
     named = {name: k for k, one in enumerate(concepts) for name in (one.noun, one.word, one.phrase)}
     found: dict[int, Tensor] = {}
     for name, picture in given.items():
         if name not in named:
             raise ControlError(f"there is a mask for {name!r}; concepts are {', '.join(one.noun for one in concepts)}")
+        if abs(picture.width * shape[1] / (picture.height * shape[0]) - 1) > STRETCHED:
+            sizes = [f"{width} x {height}" for width, height in (picture.size, shape)]
+            raise ControlError(f"the mask of {name!r} is {sizes[0]}, another shape than the picture, {sizes[1]}")
         found[named[name]] = _mask(picture, side)
         if not found[named[name]].any():
             raise ControlError(f"the mask of {name!r} is empty: white is where the thing is")
