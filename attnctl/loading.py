@@ -175,10 +175,9 @@ def usable_device(device: "str | torch.device") -> "torch.device":
         found = torch.device(device)
         torch.zeros(1, device=found).item()  # "meta" holds none
     except (RuntimeError, AssertionError, ImportError) as error:
-        said = str(error)
-        if "Expected one of" in said:  # torch names all devices that it was ever built for
-            said = "torch knows no such device; there are cpu, cuda, cuda:1, mps"
-        raise ModelError(f"device {str(device)!r} cannot be used here: {_short(RuntimeError(said))}") from error
+        unknown = "Expected one of" in str(error)  # torch goes on with all devices that it was ever built for
+        why = "torch knows no such device; names are cpu, cuda, cuda:1, mps" if unknown else _short(error)
+        raise ModelError(f"device {str(device)!r} cannot be used here: {why}") from error
     return found
 
 

@@ -1,10 +1,11 @@
-"""The judge against a person's eye: 100 pictures that were read by eye before the judge read them.
+"""The judge against another eye: 100 pictures whose things were named without knowing prompts or the judge's readings.
 
     python benchmarks/by_eye.py
 
-Both models drew them, under several controls and with none, many of them badly. The person named what is there
-without a doubt, and what may be meant. missed: of the former, what the judge does not see. too much: what the judge
-sees and the person could not make out. A strict judge takes few of the doubtful things.
+70 are of glyph-sd and 30 of an early glyph-sd3, under several controls and with none, and many are bad. Some are of one
+prompt and one noise under different controls. The labels are of a vision-language model that looked at the pictures
+twice as large: "sure" things are there, "doubtful" ones may be meant. missed: sure things that the judge does not see.
+taken: doubtful things that it sees; a strict judge takes few. too much: what the judge alone sees.
 """
 
 import json
@@ -43,11 +44,11 @@ def pictures() -> list[Image.Image]:
 
 
 def compare(eye: judge.Judge) -> Counts:
-    """What the judge sees, against what the person saw."""
+    """What the judge sees, against the labels."""
     found = Counts(Counter(), Counter(), Counter(), Counter(), Counter())
-    told = json.loads((DATA / "by-eye.json").read_text())
-    for reading, person in zip(eye.read(pictures()), told, strict=True):
-        seen, sure, doubtful = {thing.concept for thing in reading.things}, set(person["sure"]), set(person["doubtful"])
+    labels = json.loads((DATA / "by-eye.json").read_text())
+    for reading, label in zip(eye.read(pictures()), labels, strict=True):
+        seen, sure, doubtful = {thing.concept for thing in reading.things}, set(label["sure"]), set(label["doubtful"])
         found.sure.update(sure)
         found.missed.update(sure - seen)
         found.too_much.update(seen - sure - doubtful)

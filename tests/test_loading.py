@@ -127,7 +127,7 @@ def test_hub_id_out_of_reach_is_named(monkeypatch, capfd):
 
 
 def test_wrong_device_and_dtype(whole):
-    with pytest.raises(AttnctlError, match="device 'quantum' cannot be used here: torch knows no such device; there"):
+    with pytest.raises(AttnctlError, match="device 'quantum' cannot be used here: torch knows no such device; names"):
         attnctl.load(whole, device="quantum")
     with pytest.raises(AttnctlError, match="unknown dtype 'float8': choose from float32, float16, bfloat16"):
         attnctl.load(whole, dtype="float8")

@@ -43,3 +43,15 @@ def test_each_picture_has_two_things_apart_where_the_masks_say():
 
 def test_new_things_are_no_part_of_the_glyph_world():
     assert not {glyph for pair in personalize_effect.PAIRS for glyph, *_ in pair} & set(scenes._GLYPHS.values())
+
+
+def test_differences_are_those_of_the_same_picture_and_seed():
+    from rich.console import Console
+
+    keys = [("glyph-sd", arm, picture, 0, 200) for picture in range(2) for arm in ("plain", "both")]
+    values = dict(zip(keys, (0.1, 0.3, 0.5, 0.9), strict=True))
+    done = {key: dict.fromkeys(personalize_effect.MEASURES, value) for key, value in values.items()}
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(personalize_effect.differences(done, keys, ["plain", "both"]))
+    assert shown.get().count("+0.30 ±0.10") == len(personalize_effect.MEASURES)

@@ -238,7 +238,7 @@ def test_examples_depend_on_nothing_but_their_seed():
         Easel(stream=9).draw("nonesuch", 0)
 
 
-def test_the_judge_misses_hardly_anything_that_a_person_names_and_sees_little_more(
+def test_the_judge_misses_hardly_anything_that_another_eye_names_and_sees_little_more(
     judge: Judge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))

@@ -14,6 +14,7 @@ from attnctl.glyph.scenes import sprite_tones
 from attnctl.glyph.train import atlas
 from attnctl.glyph.train.__main__ import app
 from attnctl.glyph.train.atlas import THINGS, Atlas, AtlasError
+from attnctl.glyph.train.card import weak
 from attnctl.glyph.train.composed import Composer
 from attnctl.glyph.train.loop import Settings, warmth
 from attnctl.glyph.train.sd import Denoising
@@ -132,3 +133,8 @@ def test_both_worlds_train_by_the_clock_and_go_on(
     shutil.rmtree(tmp_path / "sd3" / "glyph-sd3")
     assert _run(*words, "--minutes", "0.1", "--resume").exit_code == 0  # twice as long: the clock goes on
     assert (tmp_path / "sd3" / "glyph-sd3" / "model_index.json").is_file()
+
+
+def test_a_card_names_the_weakest_concepts_first() -> None:
+    assert weak({"weak": {"bow": 0.6, "glasses": 0.333, "car": 0.8}}) == "glasses (33%), bow (60%), car (80%)"
+    assert weak({"weak": {}}) == weak({}) == "none"

@@ -20,6 +20,7 @@ from attnctl.glyph.train.composed import Composer
 from attnctl.glyph.train.encoded import source
 from attnctl.glyph.train.explicit import Explicit
 from attnctl.glyph.train.grounding import GRID, MapScore, owners
+from attnctl.glyph.train.loop import Losses
 from attnctl.loading import ModelError, load_autoencoder
 
 PROMPTS = (
@@ -39,6 +40,7 @@ class Denoiser(ABC):
 
     name: ClassVar[str]  # of the folder that is written
     guidance: ClassVar[float]  # of the report's pictures
+    rows: ClassVar[int]  # of a step, where the caller does not say
     explicit: Explicit
     network: Any
 
@@ -49,10 +51,11 @@ class Denoiser(ABC):
         seed: int,
         device: str,
         cache: Path,
-        grounding: float,
-        batch: int,
-        composer: Composer | None,
+        grounding: float = 0.05,
+        batch: int | None = None,
+        composer: Composer | None = None,
     ) -> None:
+        batch = batch or self.rows
         self.vae: AutoencoderKL = load_autoencoder(vae).to(device).eval().requires_grad_(False)
         if (cells := SIDE // 2 ** (len(self.vae.config.block_out_channels) - 1)) != GRID:
             raise ModelError(f"{vae} makes latents of {cells} x {cells} from a scene; {GRID} x {GRID} are wanted")
@@ -61,7 +64,16 @@ class Denoiser(ABC):
         self.tokenizer = build_tokenizer()
         self.source = source(self.vae, self.tokenizer, scenes, seed, cache, composer)
         self.empty = owners(self.tokenizer, [""])[0].to(device)
-        torch.manual_seed(seed)  # of the weights, which come next
+        torch.manual_seed(seed)
+        self.build()
+
+    @abstractmethod
+    def build(self) -> None:
+        """Makes `network`, with new weights, and `explicit`."""
+
+    @abstractmethod
+    def loss(self, step: int, rng: torch.Generator) -> Losses:
+        """See `Task`."""
 
     @abstractmethod
     def pipeline(self, network: Any) -> Any:

@@ -1,6 +1,5 @@
 """glyph-sd: a small Stable Diffusion on the glyph world."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from attnctl import attach
 from attnctl.glyph.scenes import Renderer
 from attnctl.glyph.tokenizer import build_tokenizer
-from attnctl.glyph.train.composed import Composer
 from attnctl.glyph.train.denoiser import Denoiser
 from attnctl.glyph.train.encoded import encode
 from attnctl.glyph.train.explicit import Explicit
@@ -115,24 +113,13 @@ def map_scores(pipe: StableDiffusionPipeline, scenes: int = 64) -> dict[int, Map
 class Denoising(Denoiser):
     """v-prediction with min-SNR weights (gamma 5)."""
 
-    name, guidance = "glyph-sd", 5.0
+    name, guidance, rows = "glyph-sd", 5.0, BATCH
 
-    def __init__(
-        self,
-        vae: Path,
-        scenes: int,
-        seed: int,
-        device: str,
-        cache: Path,
-        grounding: float = 0.05,
-        batch: int = BATCH,
-        composer: Composer | None = None,
-    ) -> None:
-        super().__init__(vae, scenes, seed, device, cache, grounding, batch, composer)
+    def build(self) -> None:
         self.scheduler = new_scheduler()
-        self.alphas = self.scheduler.alphas_cumprod.to(device)
+        self.alphas = self.scheduler.alphas_cumprod.to(self.device)
         unet = new_unet(self.vae.config.latent_channels).to(memory_format=torch.channels_last)
-        self.network = nn.ModuleDict({"unet": unet, "text": new_text_encoder()}).to(device)
+        self.network = nn.ModuleDict({"unet": unet, "text": new_text_encoder()}).to(self.device)
         self.explicit = Explicit()
 
     def loss(self, step: int, rng: torch.Generator) -> Losses:

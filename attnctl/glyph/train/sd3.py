@@ -1,6 +1,5 @@
 """glyph-sd3: a small Stable Diffusion 3 on the glyph world: joint attention, flow matching, two CLIPs, no T5."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from attnctl import attach
 from attnctl.glyph.scenes import Renderer
 from attnctl.glyph.tokenizer import build_tokenizer
-from attnctl.glyph.train.composed import Composer
 from attnctl.glyph.train.denoiser import Denoiser
 from attnctl.glyph.train.encoded import encode
 from attnctl.glyph.train.explicit import Explicit
@@ -134,24 +132,13 @@ def map_scores(pipe: StableDiffusion3Pipeline, scenes: int = 64) -> dict[int, Ma
 class Flow(Denoiser):
     """Flow matching: noise minus picture."""
 
-    name, guidance = "glyph-sd3", 4.0
+    name, guidance, rows = "glyph-sd3", 4.0, BATCH
 
-    def __init__(
-        self,
-        vae: Path,
-        scenes: int,
-        seed: int,
-        device: str,
-        cache: Path,
-        grounding: float = 0.05,
-        batch: int = BATCH,
-        composer: Composer | None = None,
-    ) -> None:
-        super().__init__(vae, scenes, seed, device, cache, grounding, batch, composer)
+    def build(self) -> None:
         self.vae.register_to_config(shift_factor=0.0)  # the pipeline adds it
         encoders = nn.ModuleList([new_text_encoder(width) for width in WIDTHS])
         transformer = new_transformer(self.vae.config.latent_channels)
-        self.network = nn.ModuleDict({"transformer": transformer, "text": encoders}).to(device)
+        self.network = nn.ModuleDict({"transformer": transformer, "text": encoders}).to(self.device)
         self.explicit = Explicit(REPEATS)
 
     def loss(self, step: int, rng: torch.Generator) -> Losses:

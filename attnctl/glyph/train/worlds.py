@@ -14,6 +14,7 @@ from attnctl.app.command import UsageError
 from attnctl.glyph.scenes import font_path
 from attnctl.glyph.train import atlas
 from attnctl.glyph.train.composed import Composer
+from attnctl.glyph.train.denoiser import Denoiser
 from attnctl.glyph.train.loop import Settings, read_checkpoint, train
 
 WEAK = {"elephant": 2.0, "suitcase": 2.0, "horse": 2.0, "chair": 1.5, "glasses": 1.5, "bench": 1.5}
@@ -68,16 +69,16 @@ def train_all(
 
     if minutes <= 0:
         raise UsageError("--minutes is the length of the run here: above 0")
-    tasks: dict[str, tuple[Any, int]] = {"sd": (sd.Denoising, sd.BATCH), "sd3": (sd3.Flow, sd3.BATCH)}
+    tasks: dict[str, type[Denoiser]] = {"sd": sd.Denoising, "sd3": sd3.Flow}
     runs = {
-        name: settings_of(name, out, minutes, seed, resume, {"batch": batch or usual, "vae": weights})
-        for name, (_, usual) in tasks.items()
+        name: settings_of(name, out, minutes, seed, resume, {"batch": batch or task.rows, "vae": weights})
+        for name, task in tasks.items()
     }
     for settings in runs.values():
         read_checkpoint(settings)
     scenes = composer(file, device)
-    for name, (task, usual) in tasks.items():
-        train(task(vae, 0, seed, device, out / name, batch=batch or usual, composer=scenes), runs[name])
+    for name, task in tasks.items():
+        train(task(vae, 0, seed, device, out / name, batch=batch, composer=scenes), runs[name])
 
 
 def pack(out: Path) -> float:
