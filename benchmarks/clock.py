@@ -54,7 +54,7 @@ def watched(run: Callable[[], Any], around: AbstractContextManager[Any], device:
         return Sample(seconds, (torch.accelerator.max_memory_allocated(torch.device(device)) - before) / 2**20)
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     page, first, done = os.sysconf("SC_PAGE_SIZE"), _pages(), threading.Event()
-    highest = first  # of a run that is over before anybody looks
+    highest = first
 
     def look() -> None:
         nonlocal highest
@@ -65,6 +65,7 @@ def watched(run: Callable[[], Any], around: AbstractContextManager[Any], device:
     watcher.start()
     try:
         seconds = timed(run, around)
+        highest = max(highest, _pages())
     finally:
         done.set()
         watcher.join()

@@ -1,6 +1,7 @@
 """The clock of the benchmarks: it waits for a device, and asks it for its memory."""
 
 import inspect
+import os
 from contextlib import contextmanager
 
 import clock
@@ -34,10 +35,20 @@ def test_a_device_is_waited_for(device):
 
 
 def test_a_cpu_is_not(device):
-    held = []
-    sample = clock.watched(lambda: held.append(torch.ones(2**23)), around(device))
-    assert device == ["in", "out"] and 25 < sample.mebibytes < 80  # 32 MiB of ones
-    assert clock.placed("pipe", "cpu") == "pipe"
+    clock.watched(lambda: None, around(device))
+    assert device == ["in", "out"] and clock.placed("pipe", "cpu") == "pipe"
+
+
+def test_memory_of_a_cpu_is_what_the_run_adds_to_the_resident_set(device, monkeypatch):
+    pages = 2**20 // os.sysconf("SC_PAGE_SIZE")
+    now = [100 * pages]
+    monkeypatch.setattr(clock, "_pages", lambda: now[0])
+    sample = clock.watched(lambda: now.__setitem__(0, 160 * pages), around(device))
+    assert sample.mebibytes == 60.0
+
+
+def test_the_resident_set_is_read_in_pages(device):
+    assert 10 * 2**20 < clock._pages() * os.sysconf("SC_PAGE_SIZE") < 2**40
 
 
 @pytest.mark.parametrize(

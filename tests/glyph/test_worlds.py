@@ -1,5 +1,6 @@
 """Scenes composed from an atlas are the renderer's world; a timed run ends by the clock; what travels is whole."""
 
+import json
 import shutil
 import tarfile
 from itertools import combinations
@@ -8,19 +9,25 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import Result
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from attnctl.glyph.scenes import sprite_tones
+import attnctl
+from attnctl.glyph.scenes import Renderer, sprite_tones
 from attnctl.glyph.train import atlas
 from attnctl.glyph.train.__main__ import app
 from attnctl.glyph.train.atlas import THINGS, Atlas, AtlasError
-from attnctl.glyph.train.card import weak
+from attnctl.glyph.train.card import history, weak
 from attnctl.glyph.train.composed import Composer
+from attnctl.glyph.train.encoded import Stored, encode, scene_weights
 from attnctl.glyph.train.loop import Settings, warmth
 from attnctl.glyph.train.sd import Denoising
 from attnctl.glyph.train.sd3 import Flow
 from attnctl.glyph.train.worlds import WEAK, settings_of
 from attnctl.glyph.words import COLOURS, CONCEPTS, OBJECTS, is_held_out
+from attnctl.loading import MODELS, ModelError
+
+VAE = MODELS / "glyph-sd" / "vae"
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +145,53 @@ def test_both_worlds_train_by_the_clock_and_go_on(
 def test_a_card_names_the_weakest_concepts_first() -> None:
     assert weak({"weak": {"bow": 0.6, "glasses": 0.333, "car": 0.8}}) == "glasses (33%), bow (60%), car (80%)"
     assert weak({"weak": {}}) == weak({}) == "none"
+
+
+def test_a_card_tells_every_run_of_a_training() -> None:
+    first = {"steps": 4300, "batch": 32, "scenes": 12000, "seed": 0, "grounding": 0.05}
+    once = "4,300 steps of 32 on 12,000 scenes, seed 0, grounding loss 0.05"
+    assert history(first) == once
+    second = first | {"steps": 700, "weights": {"mouse": 3.0}, "after": first}
+    again = "700 steps of 32 on 12,000 scenes, seed 0, grounding loss 0.05,\n  more often: mouse (3 times)"
+    assert history(second) == f"{once};\n  then {again}"
+
+
+def test_stored_scenes_of_weak_concepts_are_taken_more_often() -> None:
+    captions = ["a cat and a mouse", "a red car", "a dog"]
+    weights = scene_weights(captions, {"mouse": 6.0, "car": 0.5})
+    assert weights.tolist() == [6.0, 0.5, 1.0]
+    stored = Stored({"ids": torch.arange(3)}, captions, "cpu", weights)
+    rows, said = stored.rows(4000, _rng())
+    counts = rows["ids"].bincount() / 4000
+    assert counts.tolist() == pytest.approx([0.8, 0.067, 0.133], abs=0.03)
+    assert said[:3] == [captions[k] for k in rows["ids"][:3]]
+
+
+@pytest.fixture
+def scenes_drawn_before(tmp_path: Path) -> Path:
+    """A folder with two scenes, so that none has to be drawn."""
+    pipe = attnctl.load("glyph-sd")
+    drawn = [Renderer(stream=3).scene(k) for k in range(2)]
+    save_file(encode(pipe.vae, pipe.tokenizer, drawn), tmp_path / "scenes-2-0.safetensors")
+    return tmp_path
+
+
+def test_a_training_begins_with_the_weights_of_a_pipeline(scenes_drawn_before: Path) -> None:
+    task = Denoising(VAE, 2, 0, "cpu", scenes_drawn_before, weights={"mouse": 2.0}, start=VAE.parent)
+    shipped = attnctl.load("glyph-sd").components
+    for name, module in task.pipeline(task.network).components.items():
+        if name in ("unet", "text_encoder"):
+            mine, theirs = module.state_dict(), shipped[name].state_dict()
+            assert all(torch.equal(mine[key], theirs[key].float()) for key in theirs), name
+    assert task.made_by["after"] == json.loads((VAE.parent / "training.json").read_text())
+    assert task.made_by["weights"] == {"mouse": 2.0} and task.source.weights is not None
+
+
+def test_a_training_begins_with_its_own_kind_of_pipeline_alone(scenes_drawn_before: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="glyph-sd3 is a StableDiffusion3Pipeline; glyph-sd is a StableDiffusion"):
+        Denoising(VAE, 2, 0, "cpu", scenes_drawn_before, start=VAE.parents[1] / "glyph-sd3")
+    other = shutil.copytree(VAE.parent, tmp_path / "other")
+    weights = load_file(other / "vae" / "diffusion_pytorch_model.safetensors")
+    save_file({k: v * 1.01 for k, v in weights.items()}, other / "vae" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ModelError, match="other has another autoencoder than --vae"):
+        Denoising(VAE, 2, 0, "cpu", scenes_drawn_before, start=other)

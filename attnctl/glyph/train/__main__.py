@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from torch.nn import Module
 
 from attnctl.app.command import UsageError, check_writable, run
 from attnctl.app.recipe import modules_hash
 from attnctl.glyph.scenes import font_path
 from attnctl.glyph.train.loop import Settings, read_checkpoint, train
-from attnctl.loading import MODELS, ModelError, load_autoencoder, quiet, usable_device
+from attnctl.glyph.words import CONCEPTS
+from attnctl.loading import MODELS, ModelError, load, load_autoencoder, quiet, usable_device
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -57,6 +59,18 @@ Vae = Annotated[Path, typer.Option(help="The trained autoencoder.")]
 Grounding = Annotated[
     float, typer.Option(min=0, callback=_finite, help="Weight of the grounding loss; 0 leaves it out.")
 ]
+Often = Annotated[
+    list[str],
+    typer.Option(
+        "--often",
+        metavar="CONCEPT=WEIGHT",
+        help="Take scenes that name this concept so many times as often; repeatable.",
+    ),
+]
+Start = Annotated[
+    Path | None,
+    typer.Option(help="Begin with the weights of this pipeline, as attnctl/glyph/models/glyph-sd; default: new ones."),
+]
 Scales = Annotated[list[float], typer.Option(min=0, callback=_all_finite, help="Guidance scales to sweep.")]
 
 
@@ -68,12 +82,35 @@ def _check(settings: Settings, device: str) -> None:
     font_path()
 
 
+def _concept_weights(often: list[str]) -> dict[str, float]:
+    weights = {}
+    for one in often:
+        concept, _, weight = one.partition("=")
+        if concept not in CONCEPTS:
+            raise UsageError(f"--often {one}: {concept!r} is no concept; there are {', '.join(CONCEPTS)}")
+        try:
+            weights[concept] = _positive(float(weight))
+        except (ValueError, typer.BadParameter) as error:
+            raise UsageError(f"--often {one}: CONCEPT=WEIGHT with a weight above 0, as --often mouse=2") from error
+    return weights
+
+
 def _weights(vae: Path) -> str:
     """The weights of an autoencoder, told from others wherever they lie."""
     try:
         return modules_hash({"vae": load_autoencoder(vae)})[:12]
     except ModelError as error:
         raise UsageError(f"--vae: {error}") from error
+
+
+def _start(folder: Path) -> str:
+    """The weights of a pipeline to begin with, told from others wherever they lie."""
+    with quiet():
+        from attnctl.glyph.train.score import how_made
+
+    how_made(folder)
+    parts = load(folder.absolute()).components
+    return modules_hash({name: part for name, part in parts.items() if isinstance(part, Module)})[:12]
 
 
 @app.command()
@@ -110,15 +147,21 @@ def sd(
     rate: Rate = 6e-3,
     scenes: Scenes = 20_000,
     grounding: Grounding = 0.05,
+    often: Often = [],  # noqa: B006
+    start: Start = None,
 ) -> None:
     """The Stable Diffusion pipeline; writes OUT/glyph-sd."""
     with quiet():
         from attnctl.glyph.train.sd import BATCH, Denoising
 
     task = {"model": "sd", "scenes": scenes, "grounding": grounding, "batch": BATCH, "vae": _weights(vae)}
+    if weights := _concept_weights(often):
+        task["weights"] = weights
+    if start is not None:
+        task["start"] = _start(start)
     settings = Settings(out, steps, rate, seed=seed, minutes=minutes, resume=resume, task=task)
     _check(settings, device)
-    train(Denoising(vae, scenes, seed, device, out, grounding), settings)
+    train(Denoising(vae, scenes, seed, device, out, grounding, weights=weights, start=start), settings)
 
 
 @app.command()
@@ -133,15 +176,21 @@ def sd3(
     rate: Rate = 6e-3,
     scenes: Scenes = 24_000,
     grounding: Grounding = 0.05,
+    often: Often = [],  # noqa: B006
+    start: Start = None,
 ) -> None:
     """The Stable Diffusion 3 pipeline, which attends jointly; writes OUT/glyph-sd3."""
     with quiet():
         from attnctl.glyph.train.sd3 import BATCH, Flow
 
     task = {"model": "sd3", "scenes": scenes, "grounding": grounding, "batch": BATCH, "vae": _weights(vae)}
+    if weights := _concept_weights(often):
+        task["weights"] = weights
+    if start is not None:
+        task["start"] = _start(start)
     settings = Settings(out, steps, rate, seed=seed, minutes=minutes, resume=resume, every=250, task=task)
     _check(settings, device)
-    train(Flow(vae, scenes, seed, device, out, grounding), settings)
+    train(Flow(vae, scenes, seed, device, out, grounding, weights=weights, start=start), settings)
 
 
 @app.command()

@@ -49,6 +49,17 @@ def weak(quality: dict[str, Any]) -> str:
     return ", ".join(f"{concept} ({part:.0%})" for concept, part in parts) or "none"
 
 
+def history(made: dict[str, Any]) -> str:
+    """The runs of a training in words, the first one first; `after` is how the weights that it began with were made."""
+    before = f"{history(made['after'])};\n  then " if "after" in made else ""
+    often = ", ".join(f"{concept} ({weight:g} times)" for concept, weight in made.get("weights", {}).items())
+    text = (
+        f"{made['steps']:,} steps of {made['batch']} on {made['scenes']:,} scenes, seed {made['seed']}, "
+        f"grounding loss {made['grounding']:g}"
+    )
+    return f"{before}{text}" + (f",\n  more often: {often}" if often else "")
+
+
 def card(found: dict[str, Any], made: dict[str, Any], pipe: Any) -> str:
     """The model card, in Markdown."""
     parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
@@ -67,10 +78,10 @@ or `{type(pipe).__name__}.from_pretrained` on it{about.told}.
 
 - Size: {size:,} parameters, half precision. Autoencoder: f = 8, {pipe.vae.config.latent_channels} channels,
   {found["autoencoder_psnr"]:.1f} dB PSNR on scenes of other seeds. {about.text}
-- Data: {made["scenes"]:,} scenes of one to three things, drawn by `attnctl.glyph.scenes` with their captions. The pairs
-  in `attnctl.glyph.words.HELD_OUT` never appear together.
-- Training: `python -m attnctl.glyph.train autoencoder`, then `python -m attnctl.glyph.train {about.command}`:
-  {made["steps"]:,} steps of {made["batch"]}, seed {made["seed"]}, grounding loss {made["grounding"]:g}, on a CPU.
+- Data: scenes of one to three things, drawn by `attnctl.glyph.scenes` with their captions. The pairs in
+  `attnctl.glyph.words.HELD_OUT` never appear together.
+- Training: `python -m attnctl.glyph.train autoencoder`, then `python -m attnctl.glyph.train {about.command}`, on a CPU:
+  {history(made)}.
 - Scores: `python -m attnctl.glyph.train score`; the judge reads the pictures. 20 steps of {about.sampler}.
 
 ## Pictures, at guidance {found["guidance"]:g}

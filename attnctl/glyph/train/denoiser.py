@@ -2,6 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,9 +10,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnctl import attach
+from attnctl.app.recipe import modules_hash
 from attnctl.engine.attachment import Attachment
 from attnctl.glyph.scenes import SIDE
 from attnctl.glyph.tokenizer import build_tokenizer
@@ -21,7 +23,7 @@ from attnctl.glyph.train.encoded import source
 from attnctl.glyph.train.explicit import Explicit
 from attnctl.glyph.train.grounding import GRID, MapScore, owners
 from attnctl.glyph.train.loop import Losses
-from attnctl.loading import ModelError, load_autoencoder
+from attnctl.loading import ModelError, load, load_autoencoder
 
 PROMPTS = (
     "a cat", "a red car", "a black bench", "a purple apple",
@@ -36,6 +38,12 @@ class Denoiser(ABC):
     """A `Task` of the loop. Captions are dropped in one row of ten; a grounding loss holds words to their things.
 
     composer: makes new scenes at every step; without it, `scenes` of them are drawn once and kept in `cache`.
+    weights: of concepts that are to be seen more often than others (1); a composer has its own.
+    start: a pipeline that an earlier training wrote, to go on from its weights with new scenes and other settings.
+
+    Raises:
+        ModelError: `vae` makes latents of another size, or `start` is another kind of pipeline or has another
+            autoencoder.
     """
 
     name: ClassVar[str]  # of the folder that is written
@@ -54,18 +62,42 @@ class Denoiser(ABC):
         grounding: float = 0.05,
         batch: int | None = None,
         composer: Composer | None = None,
+        weights: Mapping[str, float] = {},  # noqa: B006
+        start: Path | None = None,
     ) -> None:
         batch = batch or self.rows
         self.vae: AutoencoderKL = load_autoencoder(vae).to(device).eval().requires_grad_(False)
         if (cells := SIDE // 2 ** (len(self.vae.config.block_out_channels) - 1)) != GRID:
             raise ModelError(f"{vae} makes latents of {cells} x {cells} from a scene; {GRID} x {GRID} are wanted")
         self.device, self.grounding, self.batch = device, grounding, batch
-        self.made_by = {"steps": 0, "batch": batch, "scenes": scenes, "seed": seed, "grounding": grounding}
+        self.made_by: dict[str, Any] = {
+            "steps": 0,
+            "batch": batch,
+            "scenes": scenes,
+            "seed": seed,
+            "grounding": grounding,
+        }
+        if weights:
+            self.made_by["weights"] = dict(weights)
         self.tokenizer = build_tokenizer()
-        self.source = source(self.vae, self.tokenizer, scenes, seed, cache, composer)
+        self.source = source(self.vae, self.tokenizer, scenes, seed, cache, composer, weights)
         self.empty = owners(self.tokenizer, [""])[0].to(device)
         torch.manual_seed(seed)
         self.build()
+        if start is not None:
+            self._take(start)
+
+    def _take(self, folder: Path) -> None:
+        """The weights of a pipeline of this kind, and how they were made."""
+        theirs, ours = load(folder.absolute()), self.pipeline(self.network)
+        if type(theirs) is not type(ours):
+            raise ModelError(f"{folder} is a {type(theirs).__name__}; {self.name} is a {type(ours).__name__}")
+        if modules_hash({"vae": theirs.vae}) != modules_hash({"vae": self.vae}):
+            raise ModelError(f"{folder} has another autoencoder than --vae: its weights draw other latents")
+        for name, module in ours.components.items():
+            if name != "vae" and isinstance(module, nn.Module):
+                module.load_state_dict(getattr(theirs, name).float().state_dict())
+        self.made_by["after"] = json.loads((folder / "training.json").read_text())
 
     @abstractmethod
     def build(self) -> None:

@@ -1,6 +1,6 @@
 """Scenes as a denoiser is trained on them: latents, token ids, which thing each word speaks of, and masks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +17,7 @@ from attnctl.glyph.scenes import Renderer, Scene
 from attnctl.glyph.train.autoencoder import pixels
 from attnctl.glyph.train.composed import Composer
 from attnctl.glyph.train.grounding import coverage, owners
+from attnctl.glyph.words import CONCEPTS
 
 
 def _batches(scenes: int, seed: int, size: int = 64) -> Iterator[list[Scene]]:
@@ -58,14 +59,21 @@ class Source(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """Rows of scenes that were drawn and encoded beforehand."""
+    """Rows of scenes that were drawn and encoded beforehand.
+
+    weights: (scenes,) how often each is taken, in proportion; None takes all alike.
+    """
 
     data: dict[str, Tensor]
     captions: list[str]
     device: str
+    weights: Tensor | None = None
 
     def rows(self, count: int, rng: torch.Generator) -> tuple[dict[str, Tensor], list[str]]:
-        which = torch.randint(len(self.captions), (count,), generator=rng)
+        if self.weights is None:
+            which = torch.randint(len(self.captions), (count,), generator=rng)
+        else:
+            which = torch.multinomial(self.weights, count, replacement=True, generator=rng)
         rows = {key: value[which].to(self.device) for key, value in self.data.items()}
         return rows, [self.captions[k] for k in which.tolist()]
 
@@ -89,12 +97,24 @@ class Fresh:
         return rows, scenes.captions
 
 
+def scene_weights(captions: Sequence[str], weights: Mapping[str, float]) -> Tensor:
+    """(captions,) the largest weight of the concepts that a caption names; 1 for concepts without one."""
+    named = [max(weights.get(word, 1.0) for word in caption.split() if word in CONCEPTS) for caption in captions]
+    return torch.tensor(named)
+
+
 def source(
-    vae: AutoencoderKL, tokenizer: CLIPTokenizer, scenes: int, seed: int, cache: Path, composer: Composer | None
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    scenes: int,
+    seed: int,
+    cache: Path,
+    composer: Composer | None,
+    weights: Mapping[str, float],
 ) -> Source:
-    """Fresh scenes where there is a composer, else `scenes` of them, drawn once."""
+    """Fresh scenes where there is a composer, else `scenes` of them, drawn once and taken by `scene_weights`."""
     if composer is not None:
         return Fresh(composer, vae, tokenizer)
     data = encoded_scenes(vae, tokenizer, scenes, seed, cache)
     captions = tokenizer.batch_decode(data["ids"].long(), skip_special_tokens=True)
-    return Stored(data, captions, str(vae.device))
+    return Stored(data, captions, str(vae.device), scene_weights(captions, weights) if weights else None)

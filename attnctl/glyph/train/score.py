@@ -89,10 +89,10 @@ def quality(pipe: Any, guidance: float, seed: int, full: bool, bar: Progress) ->
     )
 
 
-def check_pipeline(folder: Path) -> dict[str, Any]:
-    """How the glyph pipeline in a folder was made; refuses a folder that cannot be scored, before anything is drawn."""
+def how_made(folder: Path) -> dict[str, Any]:
+    """How the glyph pipeline in a folder was made; refuses any other folder."""
     if not folder.is_dir():
-        raise UsageError(f"{folder} is no folder: score takes the glyph pipeline that `sd` wrote")
+        raise UsageError(f"{folder} is no folder: a glyph pipeline is wanted, as `sd` writes it")
     check_folder(folder)
     try:
         made = json.loads((folder / "training.json").read_text())
@@ -101,7 +101,6 @@ def check_pipeline(folder: Path) -> dict[str, Any]:
         whole = False
     if not whole:
         raise UsageError(f"{folder} is no glyph pipeline: its training.json is missing or not what `sd` writes")
-    check_writable(folder, "score")
     return made
 
 
@@ -111,7 +110,8 @@ def score(folder: Path, scales: Sequence[float], seed: int) -> dict[str, Any]:
     The best scale is the one with the most single concepts and colours right. Writes scores.json and the model card
     into `folder`.
     """
-    made = check_pipeline(folder)
+    made = how_made(folder)
+    check_writable(folder, "score")
     font_path()
     pipe = load(folder.absolute())  # or a folder named as an embedded model would be that model
     if hasattr(pipe, "unet"):
