@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from PIL import Image
@@ -57,18 +58,24 @@ def compare(eye: judge.Judge) -> Counts:
     return found
 
 
+_ROWS = (("sure", None), ("missed", "sure"), ("doubtful", None), ("taken", "doubtful"), ("too_much", None))
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command(help=__doc__)
-def main() -> None:
-    found, table = compare(judge.load()), Table("things", "number", "most often")
-    for name, of in (("sure", None), ("missed", "sure"), ("doubtful", None), ("taken", "doubtful"), ("too_much", None)):
-        own: Counter[str] = getattr(found, name)
-        number = f"{own.total()}" + (f" of {getattr(found, of).total()}" if of else "")
-        often = ", ".join(f"{concept} {count}" for concept, count in own.most_common(3))
-        table.add_row(name.replace("_", " "), number, often)
-    Console(width=100).print(table)
+def main(
+    threshold: Annotated[
+        list[float], typer.Option(min=1e-6, max=1 - 1e-6, help="Probability from which on the judge sees a thing.")
+    ] = [0.5, 0.9, 0.98],  # noqa: B006
+) -> None:
+    for one in threshold:
+        found, table = compare(judge.load(threshold=one)), Table("things", "number", "most often", title=f"{one:g}")
+        for name, of in _ROWS:
+            own: Counter[str] = getattr(found, name)
+            number = f"{own.total()}" + (f" of {getattr(found, of).total()}" if of else "")
+            often = ", ".join(f"{concept} {count}" for concept, count in own.most_common(3))
+            table.add_row(name.replace("_", " "), number, often)
+        Console(width=100).print(table)
 
 
 if __name__ == "__main__":

@@ -255,9 +255,13 @@ def judge(monkeypatch):
     import attnctl.glyph
 
     double = ModuleType("attnctl.glyph.judge")
-    double.load = lambda: SimpleNamespace(read=lambda pictures: [Reading(picture) for picture in pictures])
+    double.asked = []
+    double.load = lambda threshold=None: (
+        double.asked.append(threshold) or SimpleNamespace(read=lambda pictures: [Reading(one) for one in pictures])
+    )
     monkeypatch.setitem(sys.modules, "attnctl.glyph.judge", double)
     monkeypatch.setattr(attnctl.glyph, "judge", double, raising=False)
+    return double
 
 
 def test_judge_prints_json(run, judge):
@@ -266,6 +270,15 @@ def test_judge_prints_json(run, judge):
     code, out, _ = run("judge", "8.png", "9.png")
     assert code == 0
     assert json.loads("\n".join(out)) == [{"image": "8.png", "things": 1}, {"image": "9.png", "things": 0}]
+    assert judge.asked == [0.5]
+
+
+def test_a_judge_can_be_stricter(run, judge):
+    Image.new("L", (8, 8)).save("8.png")
+    assert run("judge", "8.png", "--threshold", 0.98)[0] == 0 and judge.asked == [0.98]
+    for wrong in 0, 1, -1, "nan":
+        code, _, err = run("judge", "8.png", "--threshold", wrong)
+        assert code == 2 and err == [f"attnctl: --threshold {wrong}: a probability between 0 and 1"]
 
 
 def test_an_embedded_model_is_judged_and_its_things_are_found(run, judge, tiny, monkeypatch):

@@ -306,14 +306,20 @@ def _difference(before: "Image.Image", after: "Image.Image") -> str:
 @app.command(no_args_is_help=True)
 def judge(
     images: Annotated[list[Path], typer.Argument(help="Pictures.", show_default=False)],
+    threshold: Annotated[
+        float,
+        typer.Option(help="Probability from which on a thing counts, 0 to 1; 0.98 is strict on half-drawn things."),
+    ] = 0.5,
 ) -> None:
     """Say what is in pictures of the glyph world, as JSON: which things, in which colours, where."""
     from attnctl.app.recipe import open_picture
 
+    if not 0 < threshold < 1:
+        raise UsageError(f"--threshold {threshold:g}: a probability between 0 and 1")
     pictures = [open_picture(path).convert("RGB") for path in images]
     from attnctl.glyph import judge as judges
 
-    readings = judges.load().read(pictures)
+    readings = judges.load(threshold=threshold).read(pictures)
     answers = [{"image": str(path), **reading.to_dict()} for path, reading in zip(images, readings, strict=True)]
     print(json.dumps(answers, indent=2))
 

@@ -227,12 +227,17 @@ class Judge:
         return Reading(tuple(things))
 
 
-def load(folder: Path | None = None, device: str | torch.device = "cpu") -> Judge:
+def load(folder: Path | None = None, device: str | torch.device = "cpu", threshold: float | None = None) -> Judge:
     """The judge in `folder`, or the one that ships.
 
+    threshold: probability from which on a concept counts as present, above 0 and below 1; None is the judge's own, 0.5.
+    Probabilities lie close to 0 and 1: 0.98 is stricter on things that are half there, and misses a few that are.
+
     Raises FileNotFoundError if the folder lacks config.json or judge.safetensors, ValueError if it was trained on other
-    words than those of this version.
+    words than those of this version, or for another threshold.
     """
+    if threshold is not None and not 0 < threshold < 1:
+        raise ValueError(f"a judge's threshold lies between 0 and 1, not at {threshold:g}")
     folder = Path(folder or SHIPPED)
     for name in ("config.json", "judge.safetensors"):
         if not (folder / name).is_file():
@@ -243,4 +248,4 @@ def load(folder: Path | None = None, device: str | torch.device = "cpu") -> Judg
     network = Network(config["width"])
     weights = load_file(folder / "judge.safetensors")
     network.load_state_dict({name: value.float() for name, value in weights.items()})
-    return Judge(network, config["threshold"], device)
+    return Judge(network, config["threshold"] if threshold is None else threshold, device)

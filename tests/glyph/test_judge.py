@@ -249,3 +249,12 @@ def test_the_judge_misses_hardly_anything_that_another_eye_names_and_sees_little
     assert found.missed.total() <= 4
     assert found.too_much.total() <= 24 and found.too_much["suitcase"] >= found.too_much.total() / 3
     assert found.taken.total() < found.doubtful.total()
+    strict = compare(load(threshold=0.98))
+    assert strict.taken.total() <= found.taken.total() - 10 and strict.too_much.total() <= found.too_much.total() / 2
+    assert strict.missed.total() <= 8  # what strictness costs
+
+
+@pytest.mark.parametrize("threshold", [0, 1, -0.1, float("nan")])
+def test_a_threshold_that_is_no_probability_is_refused(threshold: float) -> None:
+    with pytest.raises(ValueError, match="a judge's threshold lies between 0 and 1"):
+        load(threshold=threshold)
