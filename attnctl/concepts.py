@@ -54,7 +54,7 @@ class Learnt:
         words: new word -> its row for each text encoder, (width,) float32.
         lora: module of the denoiser -> (down, up) with down (rank, in) and up (out, rank): what is added to its weight
             is up @ down. All have one rank.
-        settings: what they were learnt with, as plain data.
+        settings: what they were learnt with, as plain data; `masks` is "given" where the caller gave them.
         base: the model they were learnt by, as `attnctl.load` takes it; None where nobody said.
         family: of that model, one of `ENCODERS`.
     """

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,8 @@ class Personalizer:
                 kept.keep(trainer.state())
             if preview and trainer.step < settings.steps:
                 preview(trainer.step)
-        return learnt_of(trainer, trainer.before)
+        learnt = learnt_of(trainer, trainer.before)
+        return learnt if own is None else replace(learnt, settings=learnt.settings | {"masks": "given"})
 
     def _prepared(
         self, source: Image.Image, given: Tensor | None, tell: Stage, watch: Callable[[Found], object] | None

@@ -198,6 +198,7 @@ def test_given_masks_train_every_subset_and_the_guidance(subset):
     trainer = Personalizer(tiny.sd1(), "cat, dog", **settings)
     found = trainer.learn(picture, told.append, masks=masks)
     assert {"guide", "binding", "keep"} <= told[0].losses.keys() and len(found.words) == 2
+    assert found.settings["masks"] == "given"
     without = Personalizer(tiny.sd1(), "cat, dog", **settings | {"guide": 0.0}).learn(picture, masks=masks)
     assert not torch.equal(found.words["<v1>"][0], without.words["<v1>"][0])
 
