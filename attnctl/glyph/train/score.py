@@ -6,7 +6,7 @@ Accept a model only if its word maps pass: controls act on maps, and good pictur
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -61,23 +61,25 @@ def _mean(hits: Iterable[bool]) -> float:
 
 
 def quality(pipe: Any, guidance: float, seed: int, full: bool, bar: Progress) -> Quality:
-    """Draws and judges: all concepts, coloured objects, pairs of animals. `full`: 4 seeds a concept, every colour."""
+    """Draws and judges: all concepts, coloured objects, pairs of animals.
+
+    full: 4 seeds a concept and every colour; `weak` counts 12 seeds of an animal and 4 of an object and its colours.
+    """
     singles = [(concept, None) for concept in CONCEPTS for _ in range(4 if full else 1)]
     coloured = [(o, c) for i, o in enumerate(OBJECTS) for j, c in enumerate(COLOURS) if full or (i + j) % 4 == 0]
     pairs = list(combinations(ANIMALS, 2)) if full else list(combinations(ANIMALS, 2))[::2]
     things: list[tuple[Named, ...]] = [(thing,) for thing in (*singles, *coloured)]
     things += [((one, None), (other, None)) for one, other in pairs]
+    things += [((animal, None),) for animal in ANIMALS for _ in range(8 if full else 0)]
     prompts = [Prompt(" and ".join(phrase(*thing) for thing in scene), "", scene) for scene in things]
     readings = judge.load().read(_draw(pipe, [prompt.text for prompt in prompts], guidance, seed, bar))
     checked = [(prompt, reading, *reading.satisfies(prompt)) for prompt, reading in zip(prompts, readings, strict=True)]
-    first, second = checked[: len(singles)], checked[len(singles) : len(singles) + len(coloured)]
+    rest = iter(checked)
+    first, second, third = (list(islice(rest, len(some))) for some in (singles, coloured, pairs))
     alone: dict[str, list[bool]] = {concept: [] for concept in CONCEPTS}
-    for prompt, reading, present, _ in (*first, *second):
+    for prompt, reading, present, _ in (*first, *second, *rest):
         alone[prompt.things[0][0]].append(all(present) and len(reading.things) == 1)
-    both = [
-        (all(present), is_held_out(*pair))
-        for (_, _, present, _), pair in zip(checked[-len(pairs) :], pairs, strict=True)
-    ]
+    both = [(all(present), is_held_out(*pair)) for (_, _, present, _), pair in zip(third, pairs, strict=True)]
     return Quality(
         guidance,
         singles=_mean(all(present) and len(reading.things) == 1 for _, reading, present, _ in first),
