@@ -2,8 +2,8 @@
 
     python benchmarks/by_eye.py
 
-70 are of glyph-sd and 30 of an early glyph-sd3, under several controls and with none, and many are bad. Some are of one
-prompt and one noise under different controls. The labels are of a vision-language model that looked at the pictures
+70 are of glyph-sd's first edition and 30 of an early glyph-sd3, with and without controls; many are bad. Some are of
+one prompt and noise under different controls. The labels are of a vision-language model that looked at the pictures
 twice as large: "sure" things are there, "doubtful" ones may be meant. missed: sure things that the judge does not see.
 taken: doubtful things that it sees; a strict judge takes few. too much: what the judge alone sees.
 """

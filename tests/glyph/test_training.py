@@ -267,17 +267,19 @@ MISUSES = {
     "sd --vae {vae}/../unet": "holds no autoencoder",
     "sd --vae {vae} --device foo": "device 'foo' cannot be used here",
     "sd --vae {vae} --often unicorn=2": "--often unicorn=2: 'unicorn' is no concept; there are cat, dog",
-    "sd3 --vae {vae} --often mouse": "--often mouse: CONCEPT=WEIGHT with a weight above 0, as --often mouse=2",
-    "sd --vae {vae} --often mouse=0": "--often mouse=0: CONCEPT=WEIGHT with a weight above 0",
-    "sd --vae {vae} --often mouse=nan": "--often mouse=nan: CONCEPT=WEIGHT with a weight above 0",
-    "sd --vae {vae} --start nowhere": "nowhere is no folder: a glyph pipeline is wanted",
-    "sd3 --vae {vae} --start glyph": "glyph is no glyph pipeline",
+    "sd3 --vae {vae} --often mouse": "--often mouse: CONCEPT=WEIGHT with a weight from 0.01 to 100, as --often mouse=2",
+    "sd --vae {vae} --often mouse=0": "--often mouse=0: CONCEPT=WEIGHT with a weight from 0.01 to 100",
+    "sd --vae {vae} --often mouse=nan": "--often mouse=nan: CONCEPT=WEIGHT with a weight from 0.01",
+    "sd --vae {vae} --often mouse=1e39": "--often mouse=1e39: CONCEPT=WEIGHT with a weight from 0.01 to 100",
+    "sd --vae {vae} --often mouse=2 --often mouse=3": "--often mouse=3: mouse has a weight already, 2",
+    "sd --vae {vae} --start nowhere": "--start: nowhere is no folder: a glyph pipeline is wanted",
+    "sd3 --vae {vae} --start glyph": "--start: glyph is no glyph pipeline",
     "score nowhere": "nowhere is no folder",
     "score file": "file is no folder",
     "score glyph-sd": "glyph-sd is no folder",
     "score empty": "empty/model_index.json is missing",
     "score pipeline": "pipeline is no glyph pipeline: its training.json is missing",
-    "score glyph": "glyph is no glyph pipeline: its training.json is missing or not what `sd` writes",
+    "score glyph": "glyph is no glyph pipeline: its training.json is missing or was not written by this training",
 }
 
 
@@ -291,6 +293,11 @@ def test_resuming_with_other_settings_names_each(refused: Refused, places: Path)
     line = refused("sd", "--vae", VAE, "--out", "other", "--resume", "--scenes", 9, "--seed", 3, "--rate", 0.01)
     assert "other/checkpoint.pt was made with scenes 8, not 9; grounding 0.5, not 0.05; vae 000000000000, not " in line
     assert "seed" not in line
+    state = torch.load("other/checkpoint.pt")
+    state["made_with"] |= {"start": "new", "weights": {"mouse": 2.0}}
+    torch.save(state, "other/checkpoint.pt")
+    line = refused("sd", "--vae", VAE, "--out", "other", "--resume", "--start", "glyph-sd")
+    assert "weights {'mouse': 2.0}, not {}; start new, not " in line
     assert "model sd, not judge" in refused("judge", "--out", "other", "--resume")
 
 

@@ -13,7 +13,7 @@ from attnctl.app.recipe import modules_hash
 from attnctl.glyph.scenes import font_path
 from attnctl.glyph.train.loop import Settings, read_checkpoint, train
 from attnctl.glyph.words import CONCEPTS
-from attnctl.loading import MODELS, ModelError, load, load_autoencoder, quiet, usable_device
+from attnctl.loading import MODELS, ModelError, embedded, load, load_autoencoder, quiet, usable_device
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -69,7 +69,7 @@ Often = Annotated[
 ]
 Start = Annotated[
     Path | None,
-    typer.Option(help="Begin with the weights of this pipeline, as attnctl/glyph/models/glyph-sd; default: new ones."),
+    typer.Option(help="Begin with the weights of this pipeline, a name as glyph-sd or a folder; default: new ones."),
 ]
 Scales = Annotated[list[float], typer.Option(min=0, callback=_all_finite, help="Guidance scales to sweep.")]
 
@@ -82,16 +82,23 @@ def _check(settings: Settings, device: str) -> None:
     font_path()
 
 
+LEAST, MOST = 0.01, 100  # weights of concepts
+
+
 def _concept_weights(often: list[str]) -> dict[str, float]:
-    weights = {}
+    weights: dict[str, float] = {}
     for one in often:
-        concept, _, weight = one.partition("=")
+        concept, _, text = one.partition("=")
         if concept not in CONCEPTS:
             raise UsageError(f"--often {one}: {concept!r} is no concept; there are {', '.join(CONCEPTS)}")
+        if concept in weights:
+            raise UsageError(f"--often {one}: {concept} has a weight already, {weights[concept]:g}")
         try:
-            weights[concept] = _positive(float(weight))
-        except (ValueError, typer.BadParameter) as error:
-            raise UsageError(f"--often {one}: CONCEPT=WEIGHT with a weight above 0, as --often mouse=2") from error
+            weights[concept] = float(text)
+        except ValueError:
+            weights[concept] = 0
+        if not LEAST <= weights[concept] <= MOST:
+            raise UsageError(f"--often {one}: CONCEPT=WEIGHT with a weight from {LEAST} to {MOST}, as --often mouse=2")
     return weights
 
 
@@ -103,13 +110,23 @@ def _weights(vae: Path) -> str:
         raise UsageError(f"--vae: {error}") from error
 
 
-def _start(folder: Path) -> str:
-    """The weights of a pipeline to begin with, told from others wherever they lie."""
+def _folder_of(start: Path | None) -> Path | None:
+    """An embedded model is its folder."""
+    return MODELS / start if start is not None and str(start) in embedded() and not start.exists() else start
+
+
+def _start(folder: Path | None) -> str:
+    """The weights of a pipeline to begin with, told from others wherever they lie; "new" without one."""
+    if folder is None:
+        return "new"
     with quiet():
         from attnctl.glyph.train.score import how_made
 
-    how_made(folder)
-    parts = load(folder.absolute()).components
+    try:
+        how_made(folder)
+        parts = load(folder.absolute()).components
+    except (UsageError, ModelError) as error:
+        raise UsageError(f"--start: {error}") from error
     return modules_hash({name: part for name, part in parts.items() if isinstance(part, Module)})[:12]
 
 
@@ -155,10 +172,8 @@ def sd(
         from attnctl.glyph.train.sd import BATCH, Denoising
 
     task = {"model": "sd", "scenes": scenes, "grounding": grounding, "batch": BATCH, "vae": _weights(vae)}
-    if weights := _concept_weights(often):
-        task["weights"] = weights
-    if start is not None:
-        task["start"] = _start(start)
+    weights, start = _concept_weights(often), _folder_of(start)
+    task |= {"weights": weights, "start": _start(start)}
     settings = Settings(out, steps, rate, seed=seed, minutes=minutes, resume=resume, task=task)
     _check(settings, device)
     train(Denoising(vae, scenes, seed, device, out, grounding, weights=weights, start=start), settings)
@@ -184,10 +199,8 @@ def sd3(
         from attnctl.glyph.train.sd3 import BATCH, Flow
 
     task = {"model": "sd3", "scenes": scenes, "grounding": grounding, "batch": BATCH, "vae": _weights(vae)}
-    if weights := _concept_weights(often):
-        task["weights"] = weights
-    if start is not None:
-        task["start"] = _start(start)
+    weights, start = _concept_weights(often), _folder_of(start)
+    task |= {"weights": weights, "start": _start(start)}
     settings = Settings(out, steps, rate, seed=seed, minutes=minutes, resume=resume, every=250, task=task)
     _check(settings, device)
     train(Flow(vae, scenes, seed, device, out, grounding, weights=weights, start=start), settings)

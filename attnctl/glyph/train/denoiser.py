@@ -80,12 +80,12 @@ class Denoiser(ABC):
         if weights:
             self.made_by["weights"] = dict(weights)
         self.tokenizer = build_tokenizer()
-        self.source = source(self.vae, self.tokenizer, scenes, seed, cache, composer, weights)
         self.empty = owners(self.tokenizer, [""])[0].to(device)
         torch.manual_seed(seed)
         self.build()
         if start is not None:
             self._take(start)
+        self.source = source(self.vae, self.tokenizer, scenes, seed, cache, composer, weights)
 
     def _take(self, folder: Path) -> None:
         """The weights of a pipeline of this kind, and how they were made."""
@@ -128,6 +128,7 @@ class Denoiser(ABC):
 
     def report(self, network: Any, folder: Path, step: int) -> str:
         """Draws `PROMPTS` and tests the maps."""
+        self.made_by["steps"] = step
         pipe = self.pipeline(network)
         seeds = [torch.Generator().manual_seed(k) for k in range(len(PROMPTS))]
         settings = {"num_inference_steps": 20, "guidance_scale": self.guidance, "generator": seeds}

@@ -94,7 +94,7 @@ def quality(pipe: Any, guidance: float, seed: int, full: bool, bar: Progress) ->
 def how_made(folder: Path) -> dict[str, Any]:
     """How the glyph pipeline in a folder was made; refuses any other folder."""
     if not folder.is_dir():
-        raise UsageError(f"{folder} is no folder: a glyph pipeline is wanted, as `sd` writes it")
+        raise UsageError(f"{folder} is no folder: a glyph pipeline is wanted, as this training writes it")
     check_folder(folder)
     try:
         made = json.loads((folder / "training.json").read_text())
@@ -102,7 +102,9 @@ def how_made(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError, TypeError):
         whole = False
     if not whole:
-        raise UsageError(f"{folder} is no glyph pipeline: its training.json is missing or not what `sd` writes")
+        raise UsageError(
+            f"{folder} is no glyph pipeline: its training.json is missing or was not written by this training"
+        )
     return made
 
 
